@@ -1,0 +1,6 @@
+# ccache where there is one.
+find_program(MOE_EXT_CCACHE ccache HINTS "${MOE_EXT_PYTHON_BIN}")
+if(MOE_EXT_CCACHE)
+  set(CMAKE_CXX_COMPILER_LAUNCHER "${MOE_EXT_CCACHE}")
+  set(CMAKE_CUDA_COMPILER_LAUNCHER "${MOE_EXT_CCACHE}")
+endif()

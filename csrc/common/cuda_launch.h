@@ -1,0 +1,57 @@
+// What every CUDA kernel file needs: the current stream, launch checks, 16-byte accesses.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+
+#include "dtypes.h"
+
+namespace moe_ext {
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// After each launch: reports a bad configuration at once, without a sync.
+#define MOE_CHECK_LAUNCH() STD_CUDA_KERNEL_LAUNCH_CHECK()
+
+inline int multiprocessor_count(const Tensor& tensor) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
+  return count;
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int kWarpSize = 32;
+constexpr int64_t kVectorBytes = 16;
+// Grids are capped and kernels loop: the x dimension of a grid ends at 2^31 - 1, and a full machine is enough.
+constexpr int64_t kMaxBlocks = 1 << 20;
+
+// `width` consecutive elements moved as one access; width * sizeof(T) is 16, or sizeof(T) where rows are unaligned.
+template <typename T, int width>
+struct alignas(sizeof(T) * width) Vector {
+  T values[width];
+};
+
+template <typename T>
+constexpr int full_width() {
+  return static_cast<int>(kVectorBytes / sizeof(T));
+}
+
+// 16-byte accesses need the pointer and the row length to be multiples of 16 bytes.
+template <typename T>
+bool rows_are_vectorizable(int64_t row_length, std::initializer_list<const void*> pointers) {
+  bool aligned = row_length % full_width<T>() == 0;
+  for (const void* pointer : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+  return aligned;
+}
+
+}  // namespace moe_ext

@@ -1,0 +1,1 @@
+"""The ops, one module per family: wrapper, fake and autograd formula of each."""

@@ -1,0 +1,1 @@
+from test_permutation import *  # noqa: F403
