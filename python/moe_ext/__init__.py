@@ -2,7 +2,9 @@
 
 from moe_ext._library import build_info
 from moe_ext.ops.permutation import permute, unpermute
+from moe_ext.ops.plan import routing_plan
+from moe_ext.plan_types import RoutingPlan
 
 __version__ = "0.1.0"
 
-__all__ = ["build_info", "permute", "unpermute"]
+__all__ = ["RoutingPlan", "build_info", "permute", "routing_plan", "unpermute"]

@@ -1,0 +1,1 @@
+from test_plan import *  # noqa: F403
