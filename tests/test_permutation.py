@@ -83,3 +83,44 @@ def test_hostile_maps(device):
     permuted = moe_ext.permute(hidden, slots, rows, 2)
     assert torch.equal(permuted, torch.stack([hidden[0], hidden[0] * 0, hidden[0] * 0, hidden[1]]))
     assert torch.equal(moe_ext.unpermute(permuted, slots, rows, 2), hidden)
+
+
+def test_opcheck(device):
+    maps = make_plan((6, 8, 0, 4, 2), "dropped", device, row_alignment=2)
+    hidden = make_rows(6, 8, dtype=torch.float32, device=device)
+    rows = make_rows(maps[0].numel(), 8, dtype=torch.float32, device=device)
+    weights = make_topk_weights(6, 2, device)
+    ops = torch.ops.moe_ext
+    for x in (hidden, hidden.clone().requires_grad_()):
+        torch.library.opcheck(ops.permute.default, (x, *maps, 2))
+    for x in (rows, rows.clone().requires_grad_()):
+        torch.library.opcheck(ops.unpermute.default, (x, *maps, weights, 2))
+        torch.library.opcheck(ops.unpermute.default, (x, *maps, None, 2))
+    torch.library.opcheck(ops.unpermute_backward.default, (hidden, rows, *maps, weights))
+
+
+def maps_on(device: str) -> tuple[Tensor, Tensor]:
+    return make_plan((4, 8, 0, 3, 2), "uniform", device)
+
+
+def hidden_on(device: str, num_tokens: int = 4) -> Tensor:
+    return make_rows(num_tokens, 8, dtype=torch.float32, device=device)
+
+
+BAD_CALLS = [
+    ("permute integers", lambda d: moe_ext.permute(hidden_on(d).int(), *maps_on(d), 2), r"input: expected float32, bfloat16, float16 or float64 \[num_tokens, hidden_size\], got int32 \[4, 8\]"),
+    ("permute 3-d", lambda d: moe_ext.permute(hidden_on(d)[None], *maps_on(d), 2), r"input: expected .* got float32 \[1, 4, 8\]"),
+    ("permute too few tokens", lambda d: moe_ext.permute(hidden_on(d, 3), *maps_on(d), 2), r"input: expected size 4 \(num_tokens, .*got float32 \[3, 8\]"),
+    ("permute topk 0", lambda d: moe_ext.permute(hidden_on(d), *maps_on(d), 0), r"topk: expected an integer >= 1, got 0"),
+    ("permute topk 3", lambda d: moe_ext.permute(hidden_on(d), *maps_on(d), 3), r"slot_to_permuted: expected a length that is a multiple of topk = 3, got 8"),
+    ("permute int64 maps", lambda d: moe_ext.permute(hidden_on(d), *(m.long() for m in maps_on(d)), 2), r"permuted_to_slot: expected int32 \[num_rows\], got int64 \[8\]"),
+    ("unpermute too few rows", lambda d: moe_ext.unpermute(hidden_on(d, 7), *maps_on(d), 2), r"input: expected size 8 \(num_rows, "),
+    ("unpermute bf16 weights", lambda d: moe_ext.unpermute(hidden_on(d, 8), *maps_on(d), 2, torch.ones(4, 2, device=d).bfloat16()), r"topk_weights: expected float32 \[num_tokens, topk\], got bfloat16 \[4, 2\]"),
+    ("unpermute weights of another topk", lambda d: moe_ext.unpermute(hidden_on(d, 8), *maps_on(d), 2, torch.ones(4, 3, device=d)), r"topk_weights: expected size 2 \(topk\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, message", [pytest.param(*rest, id=name) for name, *rest in BAD_CALLS])
+def test_bad_calls(call, message, device):
+    with pytest.raises(RuntimeError, match=message):
+        call(device)

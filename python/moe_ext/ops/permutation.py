@@ -11,6 +11,8 @@ from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 
 _ops = torch.ops.moe_ext
 
+NOT_DIFFERENTIABLE = ("moe_ext::unpermute_backward",)
+
 
 def permute(input: Tensor, permuted_to_slot: Tensor, slot_to_permuted: Tensor, topk: int) -> Tensor:
     """Copy token rows into expert order.
