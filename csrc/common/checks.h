@@ -19,13 +19,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Throws std::runtime_error("<message>"); shows up in Python as RuntimeError with exactly these words.
-#define MOE_CHECK(condition, ...)                                      \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      std::ostringstream moe_check_message;                            \
-      ::moe_ext::detail::write_all(moe_check_message, __VA_ARGS__);    \
-      throw std::runtime_error(std::move(moe_check_message).str());    \
-    }                                                                  \
+#define MOE_CHECK(condition, ...)                                   \
+  do {                                                              \
+    if (!(condition)) {                                             \
+      std::ostringstream moe_check_message;                         \
+      ::moe_ext::detail::write_all(moe_check_message, __VA_ARGS__); \
+      throw std::runtime_error(std::move(moe_check_message).str()); \
+    }                                                               \
   } while (0)
 
 namespace detail {

@@ -1,13 +1,22 @@
-// What every CUDA kernel file needs: the current stream, launch checks, 16-byte accesses.
+// What every CUDA kernel file needs: the current stream, launches, 16-byte accesses.
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "dtypes.h"
+
+#ifdef MOE_EXT_EMULATED
+// The kernels compiled as C++ and run on the CPU, for tests: tests/emulation/cuda_emulator.h.
+#include "launch_emulated.h"
+#else
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <algorithm>
-
-#include "dtypes.h"
+#define MOE_CUDA_DISPATCH_KEY CUDA
+#define MOE_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 
 namespace moe_ext {
 
@@ -19,14 +28,24 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// After each launch: reports a bad configuration at once, without a sync.
-#define MOE_CHECK_LAUNCH() STD_CUDA_KERNEL_LAUNCH_CHECK()
-
 inline int multiprocessor_count(const Tensor& tensor) {
   int count = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
   return count;
 }
+
+// kernel<<<...>>>(args...), with a bad configuration reported at once and without a sync.
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace moe_ext
+#endif
+
+namespace moe_ext {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -67,10 +67,10 @@ void launch(const Tensor& input, const Tensor& permuted_to_slot, const Tensor& s
   const int64_t items = (maps.num_tokens + maps.num_rows) * segments;
   if (items == 0) return;
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(items, kWarpsPerBlock), kMaxBlocks));
-  permute_kernel<scalar_t, width><<<blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(input)>>>(
-      input.const_data_ptr<scalar_t>(), permuted_to_slot.const_data_ptr<int32_t>(),
-      slot_to_permuted.const_data_ptr<int32_t>(), output.mutable_data_ptr<scalar_t>(), maps, row_vectors, segments);
-  MOE_CHECK_LAUNCH();
+  launch_kernel(permute_kernel<scalar_t, width>, blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(input),
+                input.const_data_ptr<scalar_t>(), permuted_to_slot.const_data_ptr<int32_t>(),
+                slot_to_permuted.const_data_ptr<int32_t>(), output.mutable_data_ptr<scalar_t>(), maps, row_vectors,
+                segments);
 }
 
 }  // namespace
@@ -95,4 +95,4 @@ Tensor permute(const Tensor& input, const Tensor& permuted_to_slot, const Tensor
 
 }  // namespace moe_ext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) { m.impl("permute", TORCH_BOX(&moe_ext::cuda::permute)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) { m.impl("permute", TORCH_BOX(&moe_ext::cuda::permute)); }

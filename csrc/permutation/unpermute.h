@@ -1,5 +1,5 @@
-// unpermute: rows in expert order [M, H] -> the (weighted) sum of each token's rows [T, H], summed in fp32, rounded once.
-// unpermute_backward: its gradients to the rows and to the weights, in one pass.
+// unpermute: rows in expert order [M, H] -> the (weighted) sum of each token's rows [T, H], summed in fp32, rounded
+// once. unpermute_backward: its gradients to the rows and to the weights, in one pass.
 #pragma once
 
 #include <tuple>
@@ -30,8 +30,7 @@ inline RowMaps check_unpermute(const Tensor& input, const Tensor& permuted_to_sl
 inline RowMaps check_unpermute_backward(const Tensor& grad_output, const Tensor& input, const Tensor& permuted_to_slot,
                                         const Tensor& slot_to_permuted, const Tensor& topk_weights) {
   check_tensor(topk_weights, "topk_weights", {router_dtype(input.scalar_type())}, 2, "[num_tokens, topk]");
-  const RowMaps maps =
-      check_unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk_weights.size(1));
+  const RowMaps maps = check_unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk_weights.size(1));
   check_tensor(grad_output, "grad_output", {input.scalar_type()}, 2, "[num_tokens, hidden_size]");
   check_size(grad_output, "grad_output", 0, maps.num_tokens, "num_tokens");
   check_size(grad_output, "grad_output", 1, input.size(1), "hidden_size, as in input");

@@ -90,8 +90,7 @@ Tensor unpermute(const Tensor& input, const Tensor& permuted_to_slot, const Tens
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const Tensor& input,
                                               const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
                                               const Tensor& topk_weights) {
-  const RowMaps maps =
-      check_unpermute_backward(grad_output, input, permuted_to_slot, slot_to_permuted, topk_weights);
+  const RowMaps maps = check_unpermute_backward(grad_output, input, permuted_to_slot, slot_to_permuted, topk_weights);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const Tensor rows = torch::stable::contiguous(input);
   const Tensor slot_of_row = torch::stable::contiguous(permuted_to_slot);
@@ -116,8 +115,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const T
           std::fill_n(grad_row + row * width, width, scalar_t(0));
           continue;
         }
-        grad_weight[slot] = slot_backward(grad + slot / maps.topk * width, source + row * width,
-                                          grad_row + row * width, weight[slot], width);
+        grad_weight[slot] = slot_backward(grad + slot / maps.topk * width, source + row * width, grad_row + row * width,
+                                          weight[slot], width);
       }
     });
   });

@@ -112,10 +112,9 @@ void launch_unpermute(const Tensor& rows, const Tensor& row_of_slot, const float
   const int64_t segments = ceil_div(row_vectors, kVectorsPerLane * kWarpSize);
   if (maps.num_tokens * segments == 0) return;
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(maps.num_tokens * segments, kWarpsPerBlock), kMaxBlocks));
-  unpermute_kernel<scalar_t, width><<<blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(rows)>>>(
-      rows.const_data_ptr<scalar_t>(), row_of_slot.const_data_ptr<int32_t>(), weights,
-      output.mutable_data_ptr<scalar_t>(), maps, row_vectors, segments);
-  MOE_CHECK_LAUNCH();
+  launch_kernel(unpermute_kernel<scalar_t, width>, blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(rows),
+                rows.const_data_ptr<scalar_t>(), row_of_slot.const_data_ptr<int32_t>(), weights,
+                output.mutable_data_ptr<scalar_t>(), maps, row_vectors, segments);
 }
 
 template <typename scalar_t, int width>
@@ -123,11 +122,11 @@ void launch_unpermute_backward(const Tensor& gradient, const Tensor& rows, const
                                const Tensor& weights, Tensor& grad_input, Tensor& grad_weights, const RowMaps& maps) {
   if (maps.num_rows == 0) return;
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(maps.num_rows, kWarpsPerBlock), kMaxBlocks));
-  unpermute_backward_kernel<scalar_t, width><<<blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(rows)>>>(
-      gradient.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(), slot_of_row.const_data_ptr<int32_t>(),
-      weights.const_data_ptr<float>(), grad_input.mutable_data_ptr<scalar_t>(),
-      grad_weights.mutable_data_ptr<float>(), maps, rows.size(1) / width);
-  MOE_CHECK_LAUNCH();
+  launch_kernel(unpermute_backward_kernel<scalar_t, width>, blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(rows),
+                gradient.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(),
+                slot_of_row.const_data_ptr<int32_t>(), weights.const_data_ptr<float>(),
+                grad_input.mutable_data_ptr<scalar_t>(), grad_weights.mutable_data_ptr<float>(), maps,
+                rows.size(1) / width);
 }
 
 }  // namespace
@@ -156,8 +155,7 @@ Tensor unpermute(const Tensor& input, const Tensor& permuted_to_slot, const Tens
 std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const Tensor& input,
                                               const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
                                               const Tensor& topk_weights) {
-  const RowMaps maps =
-      check_unpermute_backward(grad_output, input, permuted_to_slot, slot_to_permuted, topk_weights);
+  const RowMaps maps = check_unpermute_backward(grad_output, input, permuted_to_slot, slot_to_permuted, topk_weights);
   const DeviceGuard guard(input.get_device_index());
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const Tensor rows = torch::stable::contiguous(input);
@@ -181,7 +179,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const T
 
 }  // namespace moe_ext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) {
   m.impl("unpermute", TORCH_BOX(&moe_ext::cuda::unpermute));
   m.impl("unpermute_backward", TORCH_BOX(&moe_ext::cuda::unpermute_backward));
 }

@@ -64,9 +64,9 @@ MOE_HOST_DEVICE inline int64_t round_up(int64_t rows, int64_t alignment) {
   return (rows + alignment - 1) / alignment * alignment;
 }
 
-#define MOE_DECLARE_ROUTING_PLAN                                                                    \
-  std::tuple<Tensor, Tensor, Tensor, Tensor> routing_plan(                                          \
-      const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity,                 \
+#define MOE_DECLARE_ROUTING_PLAN                                                    \
+  std::tuple<Tensor, Tensor, Tensor, Tensor> routing_plan(                          \
+      const Tensor& topk_ids, int64_t num_experts, std::optional<int64_t> capacity, \
       const std::optional<Tensor>& drop_scores, int64_t row_alignment);
 namespace cpu {
 MOE_DECLARE_ROUTING_PLAN

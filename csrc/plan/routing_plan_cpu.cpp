@@ -1,5 +1,5 @@
-// A stable counting sort: slots are cut into chunks, each chunk counts, a scan over (expert, chunk) gives each chunk its
-// first row, each chunk scatters. The result does not depend on the number of threads.
+// A stable counting sort: slots are cut into chunks, each chunk counts, a scan over (expert, chunk) gives each chunk
+// its first row, each chunk scatters. The result does not depend on the number of threads.
 #include "routing_plan.h"
 
 #include <torch/csrc/stable/library.h>

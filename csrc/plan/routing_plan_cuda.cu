@@ -76,7 +76,8 @@ __device__ void write_offsets(const Counts& counts, const PlanShape& shape, cons
   if (threadIdx.x == 0) out.expert_offsets[num_experts] = start;
 }
 
-// Counters per warp in shared memory: counters[w * E + e]. Warps past `counting_warps` have none and only help elsewhere.
+// Counters per warp in shared memory: counters[w * E + e]. Warps past `counting_warps` have none and only help
+// elsewhere.
 __host__ __device__ int counting_warps(int64_t num_experts) {
   const int64_t fitting = kSharedCounters / num_experts;
   return static_cast<int>(fitting < 1 ? 1 : fitting > kWarps ? kWarps : fitting);
@@ -163,9 +164,9 @@ __device__ void store_row(const PlanShape& shape, const PlanOutputs& out, int64_
 }
 
 template <typename index_t>
-__global__ void __launch_bounds__(kThreads) small_plan_kernel(const index_t* __restrict__ ids, PlanShape shape,
-                                                              PlanOutputs out) {
-  extern __shared__ int counters[];
+__global__ void __launch_bounds__(kThreads)
+    small_plan_kernel(const index_t* __restrict__ ids, PlanShape shape, PlanOutputs out) {
+  MOE_DYNAMIC_SHARED(int, counters);
   const int num_experts = static_cast<int>(shape.num_experts), warps = counting_warps(num_experts);
   for (int64_t row = threadIdx.x; row < shape.num_rows; row += kThreads) out.permuted_to_slot[row] = -1;
   const Range all{0, shape.num_slots};
@@ -192,7 +193,7 @@ __device__ Range block_range(const PlanShape& shape) {
 template <typename index_t>
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const index_t* __restrict__ ids, PlanShape shape, int32_t* __restrict__ block_counts) {
-  extern __shared__ int counters[];
+  MOE_DYNAMIC_SHARED(int, counters);
   const int num_experts = static_cast<int>(shape.num_experts), warps = counting_warps(num_experts);
   count_slots(ids, block_range(shape), num_experts, counters);
   for (int expert = threadIdx.x; expert < num_experts; expert += kThreads) {
@@ -203,9 +204,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // block_counts[b, e] becomes the slots of expert e before block b; uncapped_starts[e] their scan over experts.
-__global__ void __launch_bounds__(kThreads) offsets_kernel(int32_t* __restrict__ block_counts, int num_blocks,
-                                                           PlanShape shape, PlanOutputs out,
-                                                           int32_t* __restrict__ uncapped_starts) {
+__global__ void __launch_bounds__(kThreads)
+    offsets_kernel(int32_t* __restrict__ block_counts, int num_blocks, PlanShape shape, PlanOutputs out,
+                   int32_t* __restrict__ uncapped_starts) {
   const int num_experts = static_cast<int>(shape.num_experts);
   int start = 0;
   for (int first = 0; first < num_experts; first += kThreads) {
@@ -235,7 +236,7 @@ template <typename index_t>
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(const index_t* __restrict__ ids, PlanShape shape, const int32_t* __restrict__ block_counts,
                    const int32_t* __restrict__ uncapped_starts, PlanOutputs out, int32_t* __restrict__ sorted) {
-  extern __shared__ int counters[];
+  MOE_DYNAMIC_SHARED(int, counters);
   const int num_experts = static_cast<int>(shape.num_experts);
   const Range range = block_range(shape);
   count_slots(ids, range, num_experts, counters);
@@ -320,15 +321,13 @@ void launch_plan(const Tensor& ids, const std::optional<Tensor>& scores, const P
   const index_t* id = ids.const_data_ptr<index_t>();
   const size_t shared = counting_warps(shape.num_experts) * shape.num_experts * sizeof(int);
   if (!scores && shape.num_slots <= kSmallSlots) {
-    small_plan_kernel<<<1, kThreads, shared, stream>>>(id, shape, out);
-    MOE_CHECK_LAUNCH();
+    launch_kernel(small_plan_kernel<index_t>, 1, kThreads, shared, stream, id, shape, out);
     return;
   }
-  const int64_t num_blocks =
-      std::clamp<int64_t>(ceil_div(shape.num_slots, kSlotsPerBlock), 1, kMaxPlanBlocks);
+  const int64_t num_blocks = std::clamp<int64_t>(ceil_div(shape.num_slots, kSlotsPerBlock), 1, kMaxPlanBlocks);
   const int64_t num_counts = num_blocks * shape.num_experts, num_starts = shape.num_experts + 1;
-  Tensor scratch = torch::stable::new_empty(ids, {num_counts + num_starts + (scores ? shape.num_slots : 0)},
-                                            ScalarType::Int);
+  Tensor scratch =
+      torch::stable::new_empty(ids, {num_counts + num_starts + (scores ? shape.num_slots : 0)}, ScalarType::Int);
   int32_t* block_counts = scratch.mutable_data_ptr<int32_t>();
   int32_t* uncapped_starts = block_counts + num_counts;
   int32_t* sorted = scores ? uncapped_starts + num_starts : nullptr;
@@ -336,17 +335,15 @@ void launch_plan(const Tensor& ids, const std::optional<Tensor>& scores, const P
   fill_with_minus_one(out.permuted_to_slot, shape.num_rows, stream);
   if (scores) fill_with_minus_one(out.slot_to_permuted, shape.num_slots, stream);
   const auto blocks = static_cast<unsigned>(num_blocks);
-  count_kernel<<<blocks, kThreads, shared, stream>>>(id, shape, block_counts);
-  MOE_CHECK_LAUNCH();
-  offsets_kernel<<<1, kThreads, 0, stream>>>(block_counts, static_cast<int>(num_blocks), shape, out, uncapped_starts);
-  MOE_CHECK_LAUNCH();
-  scatter_kernel<<<blocks, kThreads, shared, stream>>>(id, shape, block_counts, uncapped_starts, out, sorted);
-  MOE_CHECK_LAUNCH();
+  launch_kernel(count_kernel<index_t>, blocks, kThreads, shared, stream, id, shape, block_counts);
+  launch_kernel(offsets_kernel, 1, kThreads, 0, stream, block_counts, static_cast<int>(num_blocks), shape, out,
+                uncapped_starts);
+  launch_kernel(scatter_kernel<index_t>, blocks, kThreads, shared, stream, id, shape, block_counts, uncapped_starts,
+                out, sorted);
   if (scores) {
     const auto experts = static_cast<unsigned>(std::min<int64_t>(shape.num_experts, kMaxBlocks));
-    select_kernel<<<experts, kThreads, 0, stream>>>(scores->const_data_ptr<float>(), sorted, uncapped_starts, shape,
-                                                    out);
-    MOE_CHECK_LAUNCH();
+    launch_kernel(select_kernel, experts, kThreads, 0, stream, scores->const_data_ptr<float>(), sorted, uncapped_starts,
+                  shape, out);
   }
 }
 
@@ -368,12 +365,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_plan(const Tensor& topk_ids, 
   Tensor permuted_to_slot = make(shape.num_rows), slot_to_permuted = make(shape.num_slots);
   const PlanOutputs out{expert_offsets.mutable_data_ptr<int32_t>(), tokens_per_expert.mutable_data_ptr<int32_t>(),
                         permuted_to_slot.mutable_data_ptr<int32_t>(), slot_to_permuted.mutable_data_ptr<int32_t>()};
-  dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
-    launch_plan<typename decltype(tag)::type>(ids, scores, shape, out);
-  });
+  dispatch_index(topk_ids.scalar_type(), "topk_ids",
+                 [&](auto tag) { launch_plan<typename decltype(tag)::type>(ids, scores, shape, out); });
   return {expert_offsets, tokens_per_expert, permuted_to_slot, slot_to_permuted};
 }
 
 }  // namespace moe_ext::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CUDA, m) { m.impl("routing_plan", TORCH_BOX(&moe_ext::cuda::routing_plan)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) {
+  m.impl("routing_plan", TORCH_BOX(&moe_ext::cuda::routing_plan));
+}
