@@ -1,0 +1,27 @@
+# Writes one .cu file per tensor-core kernel of csrc/grouped_gemm/tensor_core_kernels.h: name, element, layout of A,
+# layout of B, element of D. Files are apart because one takes most of a minute to compile.
+set(generated "${CMAKE_BINARY_DIR}/grouped_gemm")
+set(sm80_sources "")
+set(sm90_sources "")
+
+function(moe_ext_kernel kernel element layout_a layout_b element_d)
+  configure_file(csrc/grouped_gemm/sm80/instantiation.cu.in "${generated}/sm80/${kernel}.cu" @ONLY)
+  list(APPEND sm80_sources "${generated}/sm80/${kernel}.cu")
+  foreach(tile IN ITEMS cooperative pingpong)
+    string(REPLACE "cooperative" "CooperativeTile" Tile "${tile}")
+    string(REPLACE "pingpong" "PingpongTile" Tile "${Tile}")
+    configure_file(csrc/grouped_gemm/sm90/instantiation.cu.in "${generated}/sm90/${kernel}_${tile}.cu" @ONLY)
+    list(APPEND sm90_sources "${generated}/sm90/${kernel}_${tile}.cu")
+  endforeach()
+  set(sm80_sources "${sm80_sources}" PARENT_SCOPE)
+  set(sm90_sources "${sm90_sources}" PARENT_SCOPE)
+endfunction()
+
+foreach(short IN ITEMS bf16 fp16)
+  string(REPLACE "bf16" "bfloat16_t" element "${short}")
+  string(REPLACE "fp16" "half_t" element "${element}")
+  moe_ext_kernel(forward_enk_${short} ${element} RowMajor ColumnMajor cutlass::${element})
+  moe_ext_kernel(forward_ekn_${short} ${element} RowMajor RowMajor cutlass::${element})
+  moe_ext_kernel(wgrad_${short} ${element} ColumnMajor RowMajor cutlass::${element})
+  moe_ext_kernel(wgrad_${short}_fp32 ${element} ColumnMajor RowMajor float)
+endforeach()
