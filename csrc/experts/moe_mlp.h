@@ -35,7 +35,7 @@ inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight,
   check_same_device(permuted_to_slot, "permuted_to_slot", input, "input");
   shape.num_experts = check_expert_offsets(expert_offsets, input, "input");
   shape.hidden_size = input.size(1);
-  const bool enk = check_weight_layout(weight_layout) == WeightLayout::kEnk;
+  const bool enk = check_weight_layout(weight_layout) == WeightLayout::kENK;
   const auto check_weight = [&](const Tensor& weight, const char* name, const char* words) {
     check_tensor(weight, name, {input.scalar_type()}, 3, words);
     check_size(weight, name, 0, shape.num_experts, "num_experts, the length of expert_offsets - 1");

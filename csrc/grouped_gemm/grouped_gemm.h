@@ -32,7 +32,7 @@ inline GroupedGemmShape check_grouped_gemm(const Tensor& input, const Tensor& we
   shape.num_experts = check_expert_offsets(expert_offsets, input, "input");
   shape.in_features = input.size(1);
   shape.layout = check_weight_layout(weight_layout);
-  const bool enk = shape.layout == WeightLayout::kEnk;
+  const bool enk = shape.layout == WeightLayout::kENK;
   check_tensor(weight, "weight", {input.scalar_type()}, 3,
                enk ? "[num_experts, out_features, in_features]" : "[num_experts, in_features, out_features]");
   check_size(weight, "weight", 0, shape.num_experts, "num_experts, the length of expert_offsets - 1");

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
     const Matrix stored = {right + expert * weight.stride(0) * size, weight.size(1), weight.size(2), weight.stride(1),
                            weight.stride(2)};
     problems.push_back({{left + begin * inner * size, count, inner, inner, 1},
-                        shape.layout == WeightLayout::kEnk ? transposed(stored) : stored,
+                        shape.layout == WeightLayout::kENK ? transposed(stored) : stored,
                         {out + begin * width * size, count, width, width, 1},
                         added ? added + expert * width * size : nullptr});
   }

@@ -20,7 +20,7 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                                    : torch::stable::contiguous(input);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
-  const bool enk = shape.layout == WeightLayout::kEnk;
+  const bool enk = shape.layout == WeightLayout::kENK;
   // An expert's gradient is left^T @ right, [left_width, right_width].
   const int64_t left_width = enk ? shape.out_features : shape.in_features;
   const int64_t right_width = enk ? shape.in_features : shape.out_features;

@@ -1,7 +1,8 @@
 // What the grouped ops share: how weights lie, which rows belong to which expert, the optional row gather.
 //
-// expert_offsets is device data. Its boundaries count as the running maximum of the offsets clamped to [0, num_rows]:
-// groups never overlap, a group whose end lies before its start is empty, and nothing is touched out of bounds.
+// expert_offsets is device data: clamped to [0, num_rows], and a group whose end lies before its start is empty. Where
+// offsets run backwards, the CPU takes their running maximum; on CUDA the rows concerned are unspecified. Nothing is
+// touched out of bounds.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +12,14 @@
 
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
+#include "weight_layout.h"
 
 namespace moe_ext {
-
-// E experts, N output features, K input features. enk is torch.nn.Linear's convention, ekn is gpt-oss's.
-enum class WeightLayout { kEnk, kEkn };
 
 inline WeightLayout check_weight_layout(const std::string& weight_layout) {
   MOE_CHECK(weight_layout == "enk" || weight_layout == "ekn", "weight_layout: expected enk or ekn, got ",
             weight_layout);
-  return weight_layout == "enk" ? WeightLayout::kEnk : WeightLayout::kEkn;
+  return weight_layout == "enk" ? WeightLayout::kENK : WeightLayout::kEKN;
 }
 
 // The layout under which the same memory multiplies gradients: [E, N, K] read as experts with N inputs, K outputs.
@@ -53,7 +52,7 @@ inline std::optional<RowMaps> check_gather(const Tensor& input, const std::optio
   return maps;
 }
 
-// Boundaries [num_experts + 1] on the host, as defined at the top. For offsets on the CPU only.
+// Boundaries [num_experts + 1] on the host, monotone. For offsets on the CPU only.
 inline std::vector<int64_t> group_boundaries(const Tensor& expert_offsets, int64_t num_rows) {
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const auto* values = offsets.const_data_ptr<int32_t>();
