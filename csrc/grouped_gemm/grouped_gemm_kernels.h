@@ -14,14 +14,13 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "weight_layout.h"
+
 namespace moe_ext {
 
 enum class GemmDtype { kFloat32, kBFloat16, kFloat16 };
 
-// ENK: weight[e] is [N, K] row-major, the layout of torch.nn.Linear. EKN: [K, N] row-major.
-enum class WeightLayout { kENK, kEKN };
-
-// output[m, :] = input[m, :] @ op(weight[e]); rows of no expert (the tail) become zero.
+// output[m, :] = input[m, :] @ op(weight[e]); rows before the first expert and past the last become zero.
 struct GroupedGemmArgs {
   const void* input;   // [max_rows, k]
   const void* weight;  // [E, n, k] or [E, k, n]

@@ -78,17 +78,17 @@ TensorCoreKernel pick_wgrad(const DeviceProperties& device, Sm90Tile tile, GemmD
   return dtype == GemmDtype::kBFloat16 ? MOE_PICK(wgrad_bf16) : MOE_PICK(wgrad_fp16);
 }
 
-// Zeroes the rows past the last expert's end. `Word` is 16 bytes, or one element where rows are unaligned.
+// Zeroes the rows before the first expert and past the last. `Word` is 16 bytes, or one element where rows are unaligned.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    zero_tail_kernel(Word* __restrict__ output, const int32_t* __restrict__ expert_offsets, int64_t num_experts,
+    zero_rows_of_no_expert_kernel(Word* __restrict__ output, const int32_t* __restrict__ expert_offsets, int64_t num_experts,
                      int64_t max_rows, int64_t row_words) {
-  const int64_t end = expert_offsets[num_experts];
-  const int64_t first = (end < 0 ? 0 : end) * row_words;
+  const int64_t begin = rows_of_expert(expert_offsets, 0, max_rows).begin;
+  const int64_t end = rows_of_expert(expert_offsets, num_experts - 1, max_rows).end;
+  const int64_t head = begin * row_words, total = (begin + max_rows - (end < begin ? begin : end)) * row_words;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = first + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < max_rows * row_words;
-       i += stride) {
-    output[i] = Word{};
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += stride) {
+    output[i < head ? i : max_rows * row_words - total + i] = Word{};
   }
 }
 
@@ -110,15 +110,15 @@ __global__ void __launch_bounds__(kThreads)
 
 using Word16 = Vector<uint32_t, 4>;
 
-void zero_tail(const GroupedGemmArgs& args, int multiprocessors) {
+void zero_rows_of_no_expert(const GroupedGemmArgs& args, int multiprocessors) {
   const int64_t row_bytes = args.n * element_bytes(args.dtype);
   const unsigned blocks = multiprocessors * kZeroBlocksPerMultiprocessor;
   const bool aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(args.output) % 16 == 0;
   if (aligned) {
-    launch_kernel(zero_tail_kernel<Word16>, blocks, kThreads, 0, args.stream, static_cast<Word16*>(args.output),
+    launch_kernel(zero_rows_of_no_expert_kernel<Word16>, blocks, kThreads, 0, args.stream, static_cast<Word16*>(args.output),
                   args.expert_offsets, args.num_experts, args.max_rows, row_bytes / 16);
   } else {
-    launch_kernel(zero_tail_kernel<uint16_t>, blocks, kThreads, 0, args.stream, static_cast<uint16_t*>(args.output),
+    launch_kernel(zero_rows_of_no_expert_kernel<uint16_t>, blocks, kThreads, 0, args.stream, static_cast<uint16_t*>(args.output),
                   args.expert_offsets, args.num_experts, args.max_rows, row_bytes / 2);
   }
 }
@@ -188,7 +188,7 @@ size_t grouped_gemm_workspace_bytes(int64_t num_experts, int device) {
 const char* launch_grouped_gemm(const GroupedGemmArgs& args) {
   if (args.max_rows == 0 || args.n == 0) return nullptr;
   const DeviceProperties device = read_device(args.device);
-  zero_tail(args, device.multiprocessors);
+  zero_rows_of_no_expert(args, device.multiprocessors);
   const int64_t average_rows = ceil_div(args.max_rows, args.num_experts);
   const Sm90Tile tile = choose_sm90_tile(args.num_experts, average_rows, args.n, device.multiprocessors);
   const TensorCoreKernel kernel =

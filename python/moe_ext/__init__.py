@@ -1,10 +1,23 @@
 """moe_ext: mixture-of-experts kernels for PyTorch."""
 
 from moe_ext._library import build_info
+from moe_ext.ops.experts import expert_activation, moe_mlp
+from moe_ext.ops.grouped_gemm import grouped_bias_grad, grouped_gemm, grouped_gemm_wgrad
 from moe_ext.ops.permutation import permute, unpermute
 from moe_ext.ops.plan import routing_plan
 from moe_ext.plan_types import RoutingPlan
 
 __version__ = "0.1.0"
 
-__all__ = ["RoutingPlan", "build_info", "permute", "routing_plan", "unpermute"]
+__all__ = [
+    "RoutingPlan",
+    "build_info",
+    "expert_activation",
+    "grouped_bias_grad",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "moe_mlp",
+    "permute",
+    "routing_plan",
+    "unpermute",
+]

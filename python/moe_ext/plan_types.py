@@ -29,3 +29,9 @@ class RoutingPlan(NamedTuple):
         filled = num_slots if capacity is None else min(num_slots, num_experts * capacity)
         # Only an expert that holds a row is padded, and by at most row_alignment - 1 rows.
         return filled + min(num_experts, filled) * (row_alignment - 1)
+
+    def topk_of(self, num_tokens: int, topk_weights: Tensor | None = None) -> int:
+        """K, from the number of slots; of no tokens at all, that of ``topk_weights``."""
+        if num_tokens == 0:
+            return 1 if topk_weights is None else topk_weights.shape[-1]
+        return self.slot_to_permuted.shape[0] // num_tokens

@@ -1,0 +1,204 @@
+// Activations of rows on CUDA, forward (with the bias of grouped_gemm) and backward. Computed in fp32.
+// Mapping: one warp per (row, segment); a segment is kVectorsPerLane 16-byte vectors of output per lane. With a bias
+//   every warp finds its row's expert by bisecting expert_offsets, which stays in L1.
+// Traffic per row of pre-activation width P and output width W: forward P read, W written, P written back where a bias
+//   is added to a kept pre-activation; backward P + W read, P written. Bound: device memory.
+#include "expert_activation.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "activation_epilogue.h"
+#include "activation_vectors.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kWarpsPerBlock = 8;
+constexpr int kThreads = kWarpsPerBlock * kWarpSize;
+constexpr int kVectorsPerLane = 2;
+
+struct BiasedRows {
+  const void* bias;  // [num_experts, width of the pre-activation], or null
+  const int32_t* expert_offsets;
+  int64_t num_experts;
+};
+
+// Null output: the bias alone.
+template <RowMode mode, typename scalar_t, int width>
+__global__ void __launch_bounds__(kThreads)
+    activation_kernel(scalar_t* pre_activation, scalar_t* output, BiasedRows biased, DeviceActivation activation,
+                      bool write_pre_activation, int64_t num_rows, int64_t row_vectors, int64_t segments) {
+  using Packed = Vector<scalar_t, width>;
+  constexpr int kParts = mode == RowMode::kPlain ? 1 : 2;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t first_item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t item_stride = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
+  for (int64_t item = first_item; item < num_rows * segments; item += item_stride) {
+    const int64_t row = item / segments;
+    const int64_t first_vector = item % segments * kVectorsPerLane * kWarpSize + lane;
+    auto* source = reinterpret_cast<Packed*>(pre_activation) + row * row_vectors * kParts;
+    const Packed* bias = nullptr;
+    if (biased.bias) {
+      const int64_t expert = expert_of_row(biased.expert_offsets, biased.num_experts, row);
+      if (expert >= 0) bias = static_cast<const Packed*>(biased.bias) + expert * row_vectors * kParts;
+    }
+#pragma unroll
+    for (int v = 0; v < kVectorsPerLane; ++v) {
+      const int64_t column = first_vector + v * kWarpSize;
+      if (column >= row_vectors) continue;
+      GateUpVector<width> x = load_gate_up<mode>(source, column, row_vectors);
+      if (bias) {
+        const GateUpVector<width> added = load_gate_up<mode>(bias, column, row_vectors);
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+          x.gate[i] += added.gate[i];
+          if constexpr (mode != RowMode::kPlain) x.up[i] += added.up[i];
+        }
+        if (write_pre_activation) store_gate_up<mode>(source, column, row_vectors, x);
+      }
+      if (!output) continue;
+      float value[width];
+      GateUpVector<width> derivative;
+      evaluate<mode>(activation, x, value, derivative);
+      Packed packed;
+#pragma unroll
+      for (int i = 0; i < width; ++i) packed.values[i] = static_cast<scalar_t>(value[i]);
+      reinterpret_cast<Packed*>(output)[row * row_vectors + column] = packed;
+    }
+  }
+}
+
+template <RowMode mode, typename scalar_t, int width>
+__global__ void __launch_bounds__(kThreads)
+    activation_backward_kernel(const scalar_t* __restrict__ grad_output, const scalar_t* __restrict__ pre_activation,
+                               scalar_t* __restrict__ grad_pre_activation, DeviceActivation activation,
+                               int64_t num_rows, int64_t row_vectors, int64_t segments) {
+  using Packed = Vector<scalar_t, width>;
+  constexpr int kParts = mode == RowMode::kPlain ? 1 : 2;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t first_item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  const int64_t item_stride = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
+  for (int64_t item = first_item; item < num_rows * segments; item += item_stride) {
+    const int64_t row = item / segments;
+    const int64_t first_vector = item % segments * kVectorsPerLane * kWarpSize + lane;
+    const auto* source = reinterpret_cast<const Packed*>(pre_activation) + row * row_vectors * kParts;
+    auto* destination = reinterpret_cast<Packed*>(grad_pre_activation) + row * row_vectors * kParts;
+#pragma unroll
+    for (int v = 0; v < kVectorsPerLane; ++v) {
+      const int64_t column = first_vector + v * kWarpSize;
+      if (column >= row_vectors) continue;
+      const Packed gradient = reinterpret_cast<const Packed*>(grad_output)[row * row_vectors + column];
+      float value[width];
+      GateUpVector<width> derivative;
+      evaluate<mode>(activation, load_gate_up<mode>(source, column, row_vectors), value, derivative);
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        derivative.gate[i] *= static_cast<float>(gradient.values[i]);
+        if constexpr (mode != RowMode::kPlain) derivative.up[i] *= static_cast<float>(gradient.values[i]);
+      }
+      store_gate_up<mode>(destination, column, row_vectors, derivative);
+    }
+  }
+}
+
+// Launches over rows whose output is `width` elements wide, vectorised where they are aligned.
+struct Grid {
+  unsigned blocks;
+  int64_t row_vectors;
+  int64_t segments;
+
+  Grid(int64_t num_rows, int64_t row_vectors) : row_vectors(row_vectors) {
+    segments = ceil_div(row_vectors, kVectorsPerLane * kWarpSize);
+    blocks = static_cast<unsigned>(std::min(ceil_div(num_rows * segments, kWarpsPerBlock), kMaxBlocks));
+  }
+};
+
+void launch_forward(Tensor& pre_activation, Tensor* output, const std::optional<Tensor>& bias,
+                    const Tensor* expert_offsets, const ActivationSpec& spec, bool write_pre_activation) {
+  const int64_t num_rows = pre_activation.size(0), out_width = spec.output_width(pre_activation.size(1));
+  if (num_rows == 0 || out_width == 0) return;
+  const BiasedRows biased = {bias ? bias->const_data_ptr() : nullptr,
+                             bias ? expert_offsets->const_data_ptr<int32_t>() : nullptr, bias ? bias->size(0) : 0};
+  dispatch_floating_cuda(pre_activation.scalar_type(), "pre_activation", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    auto* rows = pre_activation.mutable_data_ptr<scalar_t>();
+    auto* out = output ? output->mutable_data_ptr<scalar_t>() : nullptr;
+    dispatch_row_mode(spec, [&](auto mode) {
+      const auto launch = [&](auto width) {
+        const Grid grid(num_rows, out_width / width.value);
+        launch_kernel(activation_kernel<mode.value, scalar_t, width.value>, grid.blocks, kThreads, 0,
+                      current_stream(pre_activation), rows, out, biased, on_device(spec), write_pre_activation,
+                      num_rows, grid.row_vectors, grid.segments);
+      };
+      if (rows_are_vectorizable<scalar_t>(out_width, {rows, out, biased.bias})) {
+        launch(std::integral_constant<int, full_width<scalar_t>()>{});
+      } else {
+        launch(std::integral_constant<int, 1>{});
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void add_bias(Tensor& product, const Tensor& bias, const Tensor& expert_offsets) {
+  launch_forward(product, nullptr, bias, &expert_offsets, ActivationSpec{}, true);
+}
+
+Tensor activate_with_bias(Tensor& product, const std::optional<Tensor>& bias, const Tensor& expert_offsets,
+                          const ActivationSpec& spec, bool keep_pre_activation) {
+  Tensor output = torch::stable::new_empty(product, {product.size(0), spec.output_width(product.size(1))});
+  launch_forward(product, &output, bias, &expert_offsets, spec, keep_pre_activation);
+  return output;
+}
+
+Tensor activate_rows(const Tensor& pre_activation, const ActivationSpec& spec) {
+  const DeviceGuard guard(pre_activation.get_device_index());
+  Tensor rows = torch::stable::contiguous(pre_activation);
+  Tensor output = torch::stable::new_empty(rows, {rows.size(0), spec.output_width(rows.size(1))});
+  launch_forward(rows, &output, std::nullopt, nullptr, spec, false);
+  return output;
+}
+
+Tensor expert_activation(const Tensor& pre_activation, std::string activation, std::string gate_up_layout,
+                         double activation_alpha, double activation_limit) {
+  return activate_rows(pre_activation, check_expert_activation(pre_activation, activation, gate_up_layout,
+                                                               activation_alpha, activation_limit));
+}
+
+Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_activation, std::string activation,
+                                  std::string gate_up_layout, double activation_alpha, double activation_limit) {
+  const ActivationSpec spec = check_expert_activation_backward(grad_output, pre_activation, activation, gate_up_layout,
+                                                               activation_alpha, activation_limit);
+  const DeviceGuard guard(pre_activation.get_device_index());
+  const Tensor gradient = torch::stable::contiguous(grad_output);
+  const Tensor rows = torch::stable::contiguous(pre_activation);
+  const int64_t num_rows = rows.size(0), out_width = gradient.size(1);
+  Tensor grad_rows = torch::stable::new_empty(rows, {num_rows, rows.size(1)});
+  if (num_rows == 0 || out_width == 0) return grad_rows;
+  dispatch_floating_cuda(rows.scalar_type(), "pre_activation", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    dispatch_row_mode(spec, [&](auto mode) {
+      const auto launch = [&](auto width) {
+        const Grid grid(num_rows, out_width / width.value);
+        launch_kernel(activation_backward_kernel<mode.value, scalar_t, width.value>, grid.blocks, kThreads, 0,
+                      current_stream(rows), gradient.const_data_ptr<scalar_t>(), rows.const_data_ptr<scalar_t>(),
+                      grad_rows.mutable_data_ptr<scalar_t>(), on_device(spec), num_rows, grid.row_vectors,
+                      grid.segments);
+      };
+      if (rows_are_vectorizable<scalar_t>(out_width, {gradient.const_data_ptr(), rows.const_data_ptr()})) {
+        launch(std::integral_constant<int, full_width<scalar_t>()>{});
+      } else {
+        launch(std::integral_constant<int, 1>{});
+      }
+    });
+  });
+  return grad_rows;
+}
+
+}  // namespace moe_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) {
+  m.impl("expert_activation", TORCH_BOX(&moe_ext::cuda::expert_activation));
+  m.impl("expert_activation_backward", TORCH_BOX(&moe_ext::cuda::expert_activation_backward));
+}

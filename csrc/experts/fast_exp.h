@@ -1,0 +1,46 @@
+// exp and erfc for kernels that run on both sides. On the host, exp of a float is branch-free so that loops over it
+// vectorise (libm's does not); on the device and for double it is the library's.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MOE_HOST_DEVICE __host__ __device__
+#else
+#define MOE_HOST_DEVICE
+#endif
+
+namespace moe_ext {
+
+MOE_HOST_DEVICE inline double exp_of(double x) { return exp(x); }
+
+// Within 2 ulp of exp on [-87, 88]; clamped to the values at these ends outside; NaN stays NaN.
+// Cody-Waite reduction x = n ln2 + r and the polynomial of Cephes' expf for r in [-ln2/2, ln2/2].
+MOE_HOST_DEVICE inline float exp_of(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = x > 88.f ? 88.f : x;
+  x = x < -87.f ? -87.f : x;
+  const float shifted = x * 1.44269504088896341f + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const uint32_t exponent = (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound) + 127u) << 23;
+  return p * std::bit_cast<float>(exponent);
+#endif
+}
+
+MOE_HOST_DEVICE inline double erfc_of(double x) { return erfc(x); }
+MOE_HOST_DEVICE inline float erfc_of(float x) { return erfcf(x); }
+
+}  // namespace moe_ext

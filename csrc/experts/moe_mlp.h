@@ -1,0 +1,90 @@
+// moe_mlp: the whole expert MLP from tokens to tokens.
+//   H = gather(input) @ gate_up + gate_up_bias        the pre-activation, [M, 2I] (gated) or [M, I]
+//   output = sum over a token's rows of topk_weight * (activation(H) @ down + down_bias), in fp32
+// moe_mlp_backward needs input, H and the plan; nothing else of size [M, ...] is kept.
+// moe_mlp_compose.h has both as compositions of grouped GEMMs and row kernels, once for both backends.
+#pragma once
+
+#include <tuple>
+
+#include "../grouped_gemm/groups.h"
+#include "../permutation/unpermute.h"
+#include "activation.h"
+
+namespace moe_ext {
+
+struct MlpShape {
+  RowMaps maps;
+  int64_t num_experts;        // E
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  int64_t gate_up_width;      // 2I when gated, else I
+  ActivationSpec activation;
+};
+
+inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,
+                              const Tensor& expert_offsets, const Tensor& permuted_to_slot,
+                              const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,
+                              const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
+                              int64_t topk, const std::string& weight_layout, const std::string& activation,
+                              const std::string& gate_up_layout, double activation_alpha, double activation_limit) {
+  MlpShape shape;
+  shape.maps = check_row_maps(permuted_to_slot, slot_to_permuted, topk);
+  check_tensor(input, "input", {MOE_FLOATING}, 2, "[num_tokens, hidden_size]");
+  check_size(input, "input", 0, shape.maps.num_tokens, "num_tokens, the length of slot_to_permuted / topk");
+  check_same_device(permuted_to_slot, "permuted_to_slot", input, "input");
+  shape.num_experts = check_expert_offsets(expert_offsets, input, "input");
+  shape.hidden_size = input.size(1);
+  const bool enk = check_weight_layout(weight_layout) == WeightLayout::kENK;
+  const auto check_weight = [&](const Tensor& weight, const char* name, const char* words) {
+    check_tensor(weight, name, {input.scalar_type()}, 3, words);
+    check_size(weight, name, 0, shape.num_experts, "num_experts, the length of expert_offsets - 1");
+    check_same_device(weight, name, input, "input");
+  };
+  check_weight(gate_up_weight, "gate_up_weight",
+               enk ? "[num_experts, gate and up columns, hidden_size]" : "[num_experts, hidden_size, gate and up columns]");
+  check_size(gate_up_weight, "gate_up_weight", enk ? 2 : 1, shape.hidden_size, "hidden_size, as in input");
+  shape.gate_up_width = gate_up_weight.size(enk ? 1 : 2);
+  shape.activation = check_activation(activation, gate_up_layout, activation_alpha, activation_limit, false,
+                                      shape.gate_up_width);
+  shape.intermediate_size = shape.activation.output_width(shape.gate_up_width);
+  check_weight(down_weight, "down_weight",
+               enk ? "[num_experts, hidden_size, intermediate_size]" : "[num_experts, intermediate_size, hidden_size]");
+  check_size(down_weight, "down_weight", enk ? 1 : 2, shape.hidden_size, "hidden_size, as in input");
+  check_size(down_weight, "down_weight", enk ? 2 : 1, shape.intermediate_size,
+             "intermediate_size, from the columns of gate_up_weight and the activation");
+  const auto check_bias = [&](const std::optional<Tensor>& bias, const char* name, int64_t width, const char* meaning) {
+    if (!bias.has_value()) return;
+    check_tensor(*bias, name, {input.scalar_type()}, 2, "[num_experts, width]");
+    check_size(*bias, name, 0, shape.num_experts, "num_experts");
+    check_size(*bias, name, 1, width, meaning);
+    check_same_device(*bias, name, input, "input");
+  };
+  check_bias(gate_up_bias, "gate_up_bias", shape.gate_up_width, "the gate and up columns of gate_up_weight");
+  check_bias(down_bias, "down_bias", shape.hidden_size, "hidden_size, as in input");
+  if (topk_weights.has_value()) check_topk_weights(*topk_weights, input, "input", shape.maps);
+  return shape;
+}
+
+#define MOE_DECLARE_MOE_MLP                                                                                         \
+  std::tuple<Tensor, Tensor> moe_mlp(                                                                               \
+      const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& expert_offsets,   \
+      const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,    \
+      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,              \
+      std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,       \
+      double activation_limit, bool save_pre_activation);                                                           \
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                      \
+      const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,      \
+      const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                 \
+      const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                         \
+      const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
+      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit);
+namespace cpu {
+MOE_DECLARE_MOE_MLP
+}
+namespace cuda {
+MOE_DECLARE_MOE_MLP
+}
+#undef MOE_DECLARE_MOE_MLP
+
+}  // namespace moe_ext

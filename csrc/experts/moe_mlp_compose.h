@@ -1,0 +1,139 @@
+// moe_mlp and its backward as compositions; a backend's file instantiates them.
+//
+// A Backend has grouped_gemm, grouped_gemm_wgrad, grouped_bias_grad, permute, unpermute, mlp_rows_backward and
+// down_bias_grad as static functions, and kGathersFirst: whether rows are better gathered once into memory (the CPU) than
+// by each GEMM that reads them.
+#pragma once
+
+#include "../common/optional_tensor.h"
+#include "../grouped_gemm/grouped_bias_grad.h"
+#include "../grouped_gemm/grouped_gemm.h"
+#include "../grouped_gemm/grouped_gemm_wgrad.h"
+#include "../permutation/permute.h"
+#include "moe_mlp.h"
+#include "moe_mlp_rows.h"
+
+namespace moe_ext {
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> compose_moe_mlp(const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,
+                                           const Tensor& expert_offsets, const Tensor& permuted_to_slot,
+                                           const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,
+                                           const std::optional<Tensor>& gate_up_bias,
+                                           const std::optional<Tensor>& down_bias, int64_t topk,
+                                           const std::string& weight_layout, const std::string& activation,
+                                           const std::string& gate_up_layout, double activation_alpha,
+                                           double activation_limit, bool save_pre_activation) {
+  check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot, slot_to_permuted, topk_weights,
+                gate_up_bias, down_bias, topk, weight_layout, activation, gate_up_layout, activation_alpha,
+                activation_limit);
+  auto [activated, pre_activation] = Backend::grouped_gemm(
+      input, gate_up_weight, expert_offsets, weight_layout, gate_up_bias, permuted_to_slot, slot_to_permuted, topk,
+      activation, gate_up_layout, activation_alpha, activation_limit, save_pre_activation);
+  const Tensor rows = std::get<0>(Backend::grouped_gemm(activated, down_weight, expert_offsets, weight_layout,
+                                                        down_bias, std::nullopt, std::nullopt, 1, "none",
+                                                        "concatenated", activation_alpha, activation_limit, false));
+  return {Backend::unpermute(rows, permuted_to_slot, slot_to_permuted, topk_weights, topk), pre_activation};
+}
+
+// Rows in expert order, or in token order with the maps that gather them.
+struct GatheredRows {
+  Tensor rows;
+  std::optional<Tensor> permuted_to_slot;
+  std::optional<Tensor> slot_to_permuted;
+};
+
+template <typename Backend>
+GatheredRows gather_rows(const Tensor& tokens, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
+                         int64_t topk) {
+  if constexpr (Backend::kGathersFirst) {
+    return {Backend::permute(tokens, permuted_to_slot, slot_to_permuted, topk), std::nullopt, std::nullopt};
+  } else {
+    return {tokens, permuted_to_slot, slot_to_permuted};
+  }
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,
+    const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
+    const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,
+    const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk,
+    const std::string& weight_layout, const std::string& activation, const std::string& gate_up_layout,
+    double activation_alpha, double activation_limit) {
+  const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
+                                       slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
+                                       activation, gate_up_layout, activation_alpha, activation_limit);
+  check_tensor(grad_output, "grad_output", {input.scalar_type()}, 2, "[num_tokens, hidden_size]");
+  check_size(grad_output, "grad_output", 0, shape.maps.num_tokens, "num_tokens");
+  check_size(grad_output, "grad_output", 1, shape.hidden_size, "hidden_size, as in input");
+  check_same_device(grad_output, "grad_output", input, "input");
+  check_tensor(pre_activation, "pre_activation", {input.scalar_type()}, 2, "[num_rows, gate and up columns]");
+  check_size(pre_activation, "pre_activation", 0, shape.maps.num_rows,
+             "num_rows; moe_mlp returns it with save_pre_activation");
+  check_size(pre_activation, "pre_activation", 1, shape.gate_up_width, "the gate and up columns of gate_up_weight");
+  check_same_device(pre_activation, "pre_activation", input, "input");
+
+  const std::string backward_layout = transposed_layout(weight_layout);
+  const auto grouped_gemm = [&](const GatheredRows& a, const Tensor& weight) {
+    return std::get<0>(Backend::grouped_gemm(a.rows, weight, expert_offsets, backward_layout, std::nullopt,
+                                             a.permuted_to_slot, a.slot_to_permuted, topk, "none", "concatenated",
+                                             activation_alpha, activation_limit, false));
+  };
+  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor gradient = torch::stable::contiguous(grad_output);
+  const std::optional<Tensor> weights = contiguous_if_any(topk_weights);
+  const std::optional<Tensor> bias = contiguous_if_any(down_bias);
+  const Tensor offsets = torch::stable::contiguous(expert_offsets);
+  const Tensor rows = torch::stable::contiguous(pre_activation);
+
+  const GatheredRows grad_rows = gather_rows<Backend>(gradient, slots, slot_to_permuted, topk);
+  // dA' first; mlp_rows_backward turns it into s * A in place.
+  const Tensor activated = grouped_gemm(grad_rows, down_weight);
+  const MlpRows mlp_rows = {rows, activated, gradient, offsets, slots, weights, bias, shape.maps, shape.activation};
+  const auto [grad_pre_activation, grad_topk_weights] = Backend::mlp_rows_backward(mlp_rows);
+  // The gathered side is wgrad's `input`, so the two factors of the down projection change places.
+  const Tensor grad_down_weight =
+      Backend::grouped_gemm_wgrad(grad_rows.rows, activated, expert_offsets, backward_layout,
+                                  grad_rows.permuted_to_slot, grad_rows.slot_to_permuted, topk, std::nullopt);
+  const GatheredRows input_rows = gather_rows<Backend>(input, slots, slot_to_permuted, topk);
+  const Tensor grad_gate_up_weight =
+      Backend::grouped_gemm_wgrad(input_rows.rows, grad_pre_activation, expert_offsets, weight_layout,
+                                  input_rows.permuted_to_slot, input_rows.slot_to_permuted, topk, std::nullopt);
+  const Tensor grad_input =
+      Backend::unpermute(grouped_gemm({grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight), slots,
+                         slot_to_permuted, std::nullopt, topk);
+  const Tensor grad_gate_up_bias =
+      gate_up_bias ? Backend::grouped_bias_grad(grad_pre_activation, expert_offsets, std::nullopt)
+                   : torch::stable::new_empty(input, {0, shape.gate_up_width});
+  const Tensor grad_down_bias = down_bias ? Backend::down_bias_grad(mlp_rows, down_bias->scalar_type())
+                                          : torch::stable::new_empty(input, {0, shape.hidden_size});
+  return {grad_input, grad_gate_up_weight, grad_down_weight, grad_topk_weights, grad_gate_up_bias, grad_down_bias};
+}
+
+// Defines moe_mlp and moe_mlp_backward inside the namespace of a backend.
+#define MOE_DEFINE_MOE_MLP(Backend)                                                                                  \
+  std::tuple<Tensor, Tensor> moe_mlp(                                                                                \
+      const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& expert_offsets,    \
+      const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,     \
+      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,               \
+      std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,        \
+      double activation_limit, bool save_pre_activation) {                                                           \
+    return compose_moe_mlp<Backend>(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,            \
+                                    slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,    \
+                                    activation, gate_up_layout, activation_alpha, activation_limit,                  \
+                                    save_pre_activation);                                                            \
+  }                                                                                                                  \
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                       \
+      const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,       \
+      const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                  \
+      const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                          \
+      const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
+      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit) {        \
+    return compose_moe_mlp_backward<Backend>(grad_output, input, gate_up_weight, down_weight, expert_offsets,        \
+                                             permuted_to_slot, slot_to_permuted, topk_weights, gate_up_bias,         \
+                                             down_bias, pre_activation, topk, weight_layout, activation,             \
+                                             gate_up_layout, activation_alpha, activation_limit);                    \
+  }
+
+}  // namespace moe_ext

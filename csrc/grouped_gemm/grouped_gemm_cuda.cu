@@ -1,0 +1,52 @@
+// grouped_gemm on CUDA: gather, product, and bias with activation, each a pass of its own.
+// Traffic beside the product: a gather reads and writes M*K elements; bias or activation reads M*N and writes M*N
+//   (bias, or a kept pre-activation) and the activated rows.
+#include "grouped_gemm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../common/cuda_launch.h"
+#include "../common/optional_tensor.h"
+#include "../experts/activation_epilogue.h"
+#include "../permutation/permute.h"
+#include "launch_arguments.h"
+
+namespace moe_ext::cuda {
+
+std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weight, const Tensor& expert_offsets,
+                                        std::string weight_layout, const std::optional<Tensor>& bias,
+                                        const std::optional<Tensor>& permuted_to_slot,
+                                        const std::optional<Tensor>& slot_to_permuted, int64_t topk,
+                                        std::string activation, std::string gate_up_layout, double activation_alpha,
+                                        double activation_limit, bool save_pre_activation) {
+  const GroupedGemmShape shape =
+      check_grouped_gemm(input, weight, expert_offsets, weight_layout, bias, permuted_to_slot, slot_to_permuted, topk,
+                         activation, gate_up_layout, activation_alpha, activation_limit);
+  const GemmDtype dtype = gemm_dtype(input, "input");
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor rows = shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk)
+                                   : torch::stable::contiguous(input);
+  const Tensor offsets = torch::stable::contiguous(expert_offsets);
+  const std::optional<Tensor> biases = contiguous_if_any(bias);
+  const StoredWeight stored(weight, shape.layout);
+  const Workspace workspace(input, shape.num_experts);
+  Tensor product = torch::stable::new_empty(input, {shape.num_rows, shape.out_features});
+  check_launched("grouped_gemm",
+                 launch_grouped_gemm({rows.const_data_ptr(), stored.weight.const_data_ptr(), product.mutable_data_ptr(),
+                                      offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows,
+                                      shape.out_features, shape.in_features, stored.layout, dtype, workspace.start,
+                                      input.get_device_index(), current_stream(input)}));
+
+  if (shape.activation.kind == Activation::kNone) {
+    if (biases) add_bias(product, *biases, offsets);
+    return {product, torch::stable::new_empty(input, {0, shape.out_features})};
+  }
+  const Tensor output = activate_with_bias(product, biases, offsets, shape.activation, save_pre_activation);
+  return {output, save_pre_activation ? product : torch::stable::new_empty(input, {0, shape.out_features})};
+}
+
+}  // namespace moe_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) {
+  m.impl("grouped_gemm", TORCH_BOX(&moe_ext::cuda::grouped_gemm));
+}

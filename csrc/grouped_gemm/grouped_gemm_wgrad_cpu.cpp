@@ -1,0 +1,55 @@
+#include "grouped_gemm_wgrad.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+
+#include "../common/cpu_parallel.h"
+#include "../permutation/permute.h"
+#include "tiled_gemm.h"
+
+namespace moe_ext::cpu {
+
+Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const Tensor& expert_offsets,
+                          std::string weight_layout, const std::optional<Tensor>& permuted_to_slot,
+                          const std::optional<Tensor>& slot_to_permuted, int64_t topk,
+                          std::optional<ScalarType> out_dtype) {
+  const GroupedWgradShape shape = check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout,
+                                                           permuted_to_slot, slot_to_permuted, topk, out_dtype);
+  const Tensor rows = shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk)
+                                   : torch::stable::contiguous(input);
+  const Tensor gradient = torch::stable::contiguous(grad_output);
+  const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
+  const bool enk = shape.layout == WeightLayout::kENK;
+  // An expert's gradient is left^T @ right, [left_width, right_width].
+  const int64_t left_width = enk ? shape.out_features : shape.in_features;
+  const int64_t right_width = enk ? shape.in_features : shape.out_features;
+  Tensor grad_weight = torch::stable::new_empty(input, {shape.num_experts, left_width, right_width}, shape.out_dtype);
+
+  const auto size = static_cast<int64_t>(input.element_size());
+  const int64_t expert_bytes = left_width * right_width * static_cast<int64_t>(grad_weight.element_size());
+  auto* left = static_cast<char*>(const_cast<void*>((enk ? gradient : rows).const_data_ptr()));
+  auto* right = static_cast<char*>(const_cast<void*>((enk ? rows : gradient).const_data_ptr()));
+  auto* out = static_cast<char*>(grad_weight.mutable_data_ptr());
+  parallel_rows(shape.num_experts, expert_bytes, [&](int64_t first, int64_t last) {
+    for (int64_t expert = first; expert < last; ++expert) {
+      if (boundaries[expert] == boundaries[expert + 1]) std::memset(out + expert * expert_bytes, 0, expert_bytes);
+    }
+  });
+  std::vector<GemmProblem> problems;
+  for (int64_t expert = 0; expert < shape.num_experts && expert_bytes > 0; ++expert) {
+    const int64_t begin = boundaries[expert], count = boundaries[expert + 1] - begin;
+    if (count == 0) continue;
+    problems.push_back({transposed({left + begin * left_width * size, count, left_width, left_width, 1}),
+                        {right + begin * right_width * size, count, right_width, right_width, 1},
+                        {out + expert * expert_bytes, left_width, right_width, right_width, 1}});
+  }
+  tiled_gemm(problems, input.scalar_type(), shape.out_dtype);
+  return grad_weight;
+}
+
+}  // namespace moe_ext::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("grouped_gemm_wgrad", TORCH_BOX(&moe_ext::cpu::grouped_gemm_wgrad));
+}

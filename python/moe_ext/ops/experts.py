@@ -1,0 +1,234 @@
+"""Activations, and the whole expert MLP as one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
+from moe_ext.activation_names import activated_width
+from moe_ext.plan_types import RoutingPlan
+
+_ops = torch.ops.moe_ext
+
+NOT_DIFFERENTIABLE = ("moe_ext::expert_activation_backward", "moe_ext::moe_mlp_backward")
+
+
+def expert_activation(
+    pre_activation: Tensor,
+    activation: str = "swiglu",
+    *,
+    gate_up_layout: str = "concatenated",
+    activation_alpha: float = 1.702,
+    activation_limit: float = 7.0,
+) -> Tensor:
+    """Apply an expert's activation to every row, computing 16-bit data in fp32.
+
+    Args:
+        pre_activation: [num_rows, width], float32, bfloat16 or float16 (float64 on the CPU); of even width for a gated
+            activation.
+        activation: plain, output as wide as the input: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``quick_gelu``
+            (x sigmoid(1.702 x), CLIP), ``relu``, ``relu_squared`` (Primer). Gated, output half as wide: ``swiglu``
+            (silu(gate) up), ``geglu`` (gelu(gate) up), ``geglu_tanh``, ``reglu`` (relu(gate) up), all from "GLU
+            variants improve transformer" (arXiv 2002.05202), and ``swiglu_clamped`` (gpt-oss: gate clamped to
+            <= limit, up to [-limit, limit], gate sigmoid(alpha gate) (up + 1)).
+        gate_up_layout: ``"concatenated"`` for rows [gate | up], ``"interleaved"`` for gate0, up0, gate1, up1, ...
+        activation_alpha: alpha of ``swiglu_clamped``.
+        activation_limit: limit of ``swiglu_clamped``, > 0.
+
+    Returns:
+        [num_rows, width] or [num_rows, width / 2] in the dtype of ``pre_activation``. Differentiable once.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, size or name; the message names it.
+    """
+    return _ops.expert_activation(pre_activation, activation, gate_up_layout, activation_alpha, activation_limit)
+
+
+def moe_mlp(
+    input: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    plan: RoutingPlan,
+    topk_weights: Tensor | None = None,
+    *,
+    weight_layout: str,
+    activation: str = "swiglu",
+    gate_up_layout: str = "concatenated",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation_alpha: float = 1.702,
+    activation_limit: float = 7.0,
+) -> Tensor:
+    """Run every token through its experts: gather, up projection, activation, down projection, weighted sum.
+
+    For the backward only ``input`` and the pre-activation [num_rows, gate and up columns] are kept: the gradient of a
+    router weight is taken as ``<dO W2, activation>``, so that neither the expert outputs nor gathered copies of rows are
+    stored (SonicMoE).
+
+    Args:
+        input: [num_tokens, hidden_size], float32, bfloat16 or float16 (float64 on the CPU).
+        gate_up_weight: layout ``"enk"``: [num_experts, 2 * intermediate_size, hidden_size] (torch.nn.Linear's
+            convention); ``"ekn"``: [num_experts, hidden_size, 2 * intermediate_size] (gpt-oss's). Without a gate
+            ``intermediate_size`` stands in the place of ``2 * intermediate_size``.
+        down_weight: ``"enk"``: [num_experts, hidden_size, intermediate_size]; ``"ekn"``: [num_experts,
+            intermediate_size, hidden_size].
+        plan: from :func:`moe_ext.routing_plan`, for the experts of these weights.
+        topk_weights: [num_tokens, topk] float32 (float64 for float64 input); None for a plain sum.
+        weight_layout: ``"enk"`` or ``"ekn"``, of both weights; never guessed from shapes.
+        activation: a name of :func:`expert_activation`.
+        gate_up_layout: how gate and up columns lie for a gated activation, as in :func:`expert_activation`.
+        gate_up_bias: [num_experts, columns of the up projection] in the dtype of ``input``.
+        down_bias: [num_experts, hidden_size] in the dtype of ``input``; it is weighted like the rest of the output.
+        activation_alpha: alpha of ``swiglu_clamped``.
+        activation_limit: limit of ``swiglu_clamped``, > 0.
+
+    Returns:
+        [num_tokens, hidden_size] in the dtype of ``input``; the sum over a token's slots is taken in fp32 and rounded
+        once. A token whose slots were all dropped gets zeros. Differentiable once in every floating argument; a dropped
+        slot's weight gets gradient zero.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
+    """
+    arguments = (input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    output: Tensor = _ops.moe_mlp(
+        input,
+        gate_up_weight,
+        down_weight,
+        plan.expert_offsets,
+        plan.permuted_to_slot,
+        plan.slot_to_permuted,
+        topk_weights,
+        gate_up_bias,
+        down_bias,
+        plan.topk_of(input.shape[0], topk_weights),
+        weight_layout,
+        activation,
+        gate_up_layout,
+        activation_alpha,
+        activation_limit,
+        save,
+    )[0]
+    return output
+
+
+@torch.library.register_fake("moe_ext::expert_activation")
+def _expert_activation_fake(
+    pre_activation: Tensor, activation: str, gate_up_layout: str, activation_alpha: float, activation_limit: float
+) -> Tensor:
+    return pre_activation.new_empty(pre_activation.shape[0], activated_width(activation, pre_activation.shape[1]))
+
+
+@torch.library.register_fake("moe_ext::expert_activation_backward")
+def _expert_activation_backward_fake(
+    grad_output: Tensor,
+    pre_activation: Tensor,
+    activation: str,
+    gate_up_layout: str,
+    activation_alpha: float,
+    activation_limit: float,
+) -> Tensor:
+    return torch.empty_like(pre_activation, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("moe_ext::moe_mlp")
+def _moe_mlp_fake(
+    input: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    expert_offsets: Tensor,
+    permuted_to_slot: Tensor,
+    slot_to_permuted: Tensor,
+    topk_weights: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk: int,
+    weight_layout: str,
+    activation: str,
+    gate_up_layout: str,
+    activation_alpha: float,
+    activation_limit: float,
+    save_pre_activation: bool,
+) -> tuple[Tensor, Tensor]:
+    width = gate_up_weight.shape[1] if weight_layout == "enk" else gate_up_weight.shape[2]
+    saved_rows = permuted_to_slot.shape[0] if save_pre_activation else 0
+    return torch.empty_like(input, memory_format=torch.contiguous_format), input.new_empty(saved_rows, width)
+
+
+@torch.library.register_fake("moe_ext::moe_mlp_backward")
+def _moe_mlp_backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    gate_up_weight: Tensor,
+    down_weight: Tensor,
+    expert_offsets: Tensor,
+    permuted_to_slot: Tensor,
+    slot_to_permuted: Tensor,
+    topk_weights: Tensor | None,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre_activation: Tensor,
+    topk: int,
+    weight_layout: str,
+    activation: str,
+    gate_up_layout: str,
+    activation_alpha: float,
+    activation_limit: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    router_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    no_weights = input.new_empty(0, topk, dtype=router_dtype)
+    no_bias, no_down_bias = input.new_empty(0, pre_activation.shape[1]), input.new_empty(0, input.shape[1])
+    return (
+        like(input),
+        like(gate_up_weight),
+        like(down_weight),
+        no_weights if topk_weights is None else like(topk_weights),
+        no_bias if gate_up_bias is None else like(gate_up_bias),
+        no_down_bias if down_bias is None else like(down_bias),
+    )
+
+
+def _expert_activation_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pre_activation, *ctx.activation = inputs
+    ctx.save_for_backward(pre_activation)
+
+
+def _expert_activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (pre_activation,) = ctx.saved_tensors
+    return _ops.expert_activation_backward(grad, pre_activation, *ctx.activation), None, None, None, None
+
+
+# Places of the floating arguments of moe_mlp, in the order of moe_mlp_backward's results.
+_FLOATING_ARGUMENTS = (0, 1, 2, 6, 7, 8)
+
+
+def _moe_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, topk, weight_layout, activation, gate_up_layout, alpha, limit, save_pre_activation = inputs
+    if not save_pre_activation:
+        raise RuntimeError("save_pre_activation: expected True, since a gradient is asked for")
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = (topk, weight_layout, activation, gate_up_layout, alpha, limit)
+
+
+def _moe_mlp_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 16
+    if grad is not None:
+        results = _ops.moe_mlp_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        for place, result in zip(_FLOATING_ARGUMENTS, results, strict=True):
+            grads[place] = result if ctx.needs_input_grad[place] else None
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "moe_ext::expert_activation", _expert_activation_backward, setup_context=_expert_activation_setup
+)
+torch.library.register_autograd("moe_ext::moe_mlp", _moe_mlp_backward, setup_context=_moe_mlp_setup)

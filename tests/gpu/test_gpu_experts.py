@@ -1,0 +1,1 @@
+from test_experts import *  # noqa: F403

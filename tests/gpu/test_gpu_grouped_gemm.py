@@ -1,0 +1,1 @@
+from test_grouped_gemm import *  # noqa: F403
