@@ -139,13 +139,13 @@ template <Activation kind, typename T>
 MOE_HOST_DEVICE inline Gated<T> gated_function(T gate, T up, T alpha, T limit) {
   static_assert(is_gated(kind));
   if constexpr (kind == Activation::kSwigluClamped) {
-    // gpt-oss: gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above, up from both sides. As with
-    // torch.clamp, the gradient passes at the limit itself.
+    // gpt-oss: gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above, up from both sides. No
+    // gradient passes at the limit itself, as in torch.clamp since 2.14.
     const T g = gate > limit ? limit : gate;
     const T u = up > limit ? limit : (up < -limit ? -limit : up);
     const T s = sigmoid(alpha * g);
     const T gate_derivative = s * (T(1) + alpha * g * (T(1) - s)) * (u + T(1));
-    return {g * s * (u + T(1)), gate > limit ? T(0) : gate_derivative, up > limit || up < -limit ? T(0) : g * s};
+    return {g * s * (u + T(1)), gate >= limit ? T(0) : gate_derivative, up >= limit || up <= -limit ? T(0) : g * s};
   } else {
     const ValueAndDerivative<T> f = scalar_function<kind>(gate);
     return {f.value * up, f.derivative * up, f.value};

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cpu_parallel.h"
+#include "../common/huge_pages.h"
 #include "activation_rows.h"
 
 namespace moe_ext::cpu {
@@ -10,7 +11,7 @@ namespace moe_ext::cpu {
 Tensor activate_rows(const Tensor& pre_activation, const ActivationSpec& spec) {
   const Tensor rows = torch::stable::contiguous(pre_activation);
   const int64_t row_width = rows.size(1), width = spec.output_width(row_width);
-  Tensor output = torch::stable::new_empty(rows, {rows.size(0), width});
+  Tensor output = new_empty_large(rows, {rows.size(0), width});
   dispatch_floating(rows.scalar_type(), "pre_activation", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
@@ -43,7 +44,7 @@ Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_a
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const Tensor rows = torch::stable::contiguous(pre_activation);
   const int64_t row_width = rows.size(1), width = spec.output_width(row_width);
-  Tensor grad_rows = torch::stable::new_empty(rows, {rows.size(0), row_width});
+  Tensor grad_rows = new_empty_large(rows, {rows.size(0), row_width});
   dispatch_floating(rows.scalar_type(), "pre_activation", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;

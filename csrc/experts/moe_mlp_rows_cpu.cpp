@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../common/cpu_parallel.h"
+#include "../common/huge_pages.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "activation_rows.h"
 
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
   const int64_t row_width = rows.pre_activation.size(1), width = rows.grad_activated.size(1);
   const int64_t hidden_size = rows.grad_output.size(1);
   const std::vector<int64_t> boundaries = group_boundaries(rows.expert_offsets, maps.num_rows);
-  Tensor grad_pre_activation = torch::stable::new_empty(rows.pre_activation, {maps.num_rows, row_width});
+  Tensor grad_pre_activation = new_empty_large(rows.pre_activation, {maps.num_rows, row_width});
   // Dropped slots have no row: their weight gradient stays zero.
   Tensor grad_weights =
       torch::stable::new_zeros(rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk},

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "../common/huge_pages.h"
 #include "../common/optional_tensor.h"
 #include "../experts/expert_activation.h"
 #include "../permutation/permute.h"
@@ -26,7 +27,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const auto size = static_cast<int64_t>(input.element_size());
   const int64_t inner = shape.in_features, width = shape.out_features;
-  Tensor product = torch::stable::new_empty(input, {shape.num_rows, width});
+  Tensor product = new_empty_large(input, {shape.num_rows, width});
 
   auto* out = static_cast<char*>(product.mutable_data_ptr());
   std::memset(out, 0, boundaries.front() * width * size);

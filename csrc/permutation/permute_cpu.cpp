@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../common/cpu_parallel.h"
+#include "../common/huge_pages.h"
 
 namespace moe_ext::cpu {
 
@@ -14,7 +15,7 @@ Tensor permute(const Tensor& input, const Tensor& permuted_to_slot, const Tensor
   const Tensor source = torch::stable::contiguous(input);
   const Tensor slots = torch::stable::contiguous(permuted_to_slot);
   const int64_t row_bytes = input.size(1) * static_cast<int64_t>(input.element_size());
-  Tensor output = torch::stable::new_empty(input, {maps.num_rows, input.size(1)});
+  Tensor output = new_empty_large(input, {maps.num_rows, input.size(1)});
 
   const auto* source_bytes = static_cast<const char*>(source.const_data_ptr());
   const auto* slot_of_row = slots.const_data_ptr<int32_t>();

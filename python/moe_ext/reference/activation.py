@@ -37,7 +37,9 @@ def activate(
     else:
         gate, up = pre_activation.chunk(2, dim=1)
     if activation == "swiglu_clamped":
-        gate = gate.clamp(max=activation_limit)
-        up = up.clamp(-activation_limit, activation_limit)
+        # Not torch.clamp: whether a gradient passes at the limit itself depends on the version of torch. Here none does.
+        gate = torch.where(gate >= activation_limit, activation_limit, gate)
+        up = torch.where(up >= activation_limit, activation_limit, up)
+        up = torch.where(up <= -activation_limit, -activation_limit, up)
         return gate * torch.sigmoid(activation_alpha * gate) * (up + 1)
     return SCALAR_FUNCTIONS[activation](gate) * up
