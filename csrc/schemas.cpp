@@ -72,19 +72,20 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "-> (Tensor grad_input, Tensor grad_gate_up_weight, Tensor grad_down_weight, Tensor grad_topk_weights, "
       "Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 
-  // ---- all_to_all: what stands around torch.distributed.all_to_all_single
+  // ---- all_to_all: what stands around torch.distributed.all_to_all_single; R ranks, L = min(K, R)
   m.def(
       "a2a_plan(Tensor topk_ids, Tensor rank_expert_offsets) "
-      "-> (Tensor send_counts, Tensor send_to_token, Tensor token_to_send)");
+      "-> (Tensor send_counts, Tensor send_offsets, Tensor send_to_slot, Tensor slot_to_send)");
   m.def(
-      "a2a_pack(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor rank_expert_offsets, Tensor send_counts, "
-      "Tensor send_to_token, Tensor token_to_send) -> (Tensor send_hidden, Tensor send_ids, Tensor send_weights)");
+      "a2a_pack(Tensor hidden, Tensor topk_ids, Tensor topk_weights, Tensor rank_expert_offsets, Tensor send_offsets, "
+      "Tensor send_to_slot, Tensor slot_to_send) -> (Tensor send_hidden, Tensor send_ids, Tensor send_weights)");
   m.def(
       "a2a_pack_backward(Tensor grad_send_hidden, Tensor grad_send_weights, Tensor topk_ids, "
-      "Tensor rank_expert_offsets, Tensor token_to_send) -> (Tensor grad_hidden, Tensor grad_topk_weights)");
+      "Tensor rank_expert_offsets, Tensor send_offsets, Tensor send_to_slot, Tensor slot_to_send) "
+      "-> (Tensor grad_hidden, Tensor grad_topk_weights)");
   m.def(
       "a2a_unpack(Tensor recv_hidden, Tensor recv_ids, int num_local_experts, int row_alignment) "
       "-> (Tensor permuted, Tensor expert_offsets, Tensor tokens_per_expert, Tensor permuted_to_slot, "
       "Tensor slot_to_permuted)");
-  m.def("a2a_combine(Tensor recv_rows, Tensor send_to_token, Tensor token_to_send) -> Tensor");
+  m.def("a2a_combine(Tensor recv_rows, Tensor send_to_slot, Tensor slot_to_send, int slots_per_token) -> Tensor");
 }

@@ -199,7 +199,13 @@ def test_strided_inputs(layout, device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(layout, activation):
     case = Case(
-        (5, 4, 3, 3, 2), "dropped", dtype=torch.float64, layout=layout, bias=True, row_alignment=2, activation=activation
+        (5, 4, 3, 3, 2),
+        "dropped",
+        dtype=torch.float64,
+        layout=layout,
+        bias=True,
+        row_alignment=2,
+        activation=activation,
     )
     assert torch.autograd.gradcheck(case.forward(moe_ext), [a.requires_grad_() for a in case.args])
 

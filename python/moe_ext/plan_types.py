@@ -35,3 +35,23 @@ class RoutingPlan(NamedTuple):
         if num_tokens == 0:
             return 1 if topk_weights is None else topk_weights.shape[-1]
         return self.slot_to_permuted.shape[0] // num_tokens
+
+
+class A2APlan(NamedTuple):
+    """Which rows go to which rank. T tokens, K = topk, R ranks, L = min(K, R), S = T * L rows at most.
+
+    A slot here is ``t * L + i``: the i-th rank, ascending, that token t goes to.
+    """
+
+    send_counts: Tensor
+    """[R] int32: rows for each rank, the input splits of ``all_to_all_single``."""
+    send_offsets: Tensor
+    """[R + 1] int32: rows for rank r are ``send_offsets[r] : send_offsets[r + 1]``, in token order."""
+    send_to_slot: Tensor
+    """[S] int32: the slot that each send row holds, -1 in the tail."""
+    slot_to_send: Tensor
+    """[S] int32: the send row of each slot, -1 where the token goes to fewer than L ranks."""
+    rank_expert_offsets: Tensor
+    """[R + 1] int32: rank r owns experts ``rank_expert_offsets[r] : rank_expert_offsets[r + 1]``."""
+    slots_per_token: int
+    """L."""

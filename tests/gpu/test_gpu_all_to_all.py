@@ -1,0 +1,1 @@
+from test_all_to_all import *  # noqa: F403
