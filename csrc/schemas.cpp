@@ -16,10 +16,10 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "str score_order, Tensor? expert_mask, bool renormalize, float renormalize_eps, float scale) -> Tensor");
   m.def(
       "router_losses(Tensor logits, Tensor topk_ids, str score_function, Tensor? token_mask) "
-      "-> (Tensor balance_loss, Tensor z_loss, Tensor tokens_per_expert)");
+      "-> (Tensor balance_loss, Tensor z_loss, Tensor tokens_per_expert, Tensor num_counted)");
   m.def(
       "router_losses_backward(Tensor grad_balance_loss, Tensor grad_z_loss, Tensor logits, Tensor tokens_per_expert, "
-      "str score_function, Tensor? token_mask, int topk) -> Tensor");
+      "Tensor num_counted, str score_function, Tensor? token_mask, int topk) -> Tensor");
   m.def(
       "expert_choice_gating(Tensor logits, int capacity, str score_function) "
       "-> (Tensor topk_weights, Tensor topk_ids)");

@@ -54,9 +54,7 @@ class Case:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout, gather, bias", [("enk", False, False), ("ekn", True, True)])
 def test_grouped_gemm(shape, routing, dtype, layout, gather, bias, device):
-    case = Case(
-        shape, routing, dtype=dtype, device=device, layout=layout, gather=gather, bias=bias, row_alignment=8
-    )
+    case = Case(shape, routing, dtype=dtype, device=device, layout=layout, gather=gather, bias=bias, row_alignment=8)
     case.check()
     assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
 
@@ -130,9 +128,7 @@ def test_wgrad(dtype, out_dtype, routing, layout, gather, device):
 def test_float32_wgrad_is_not_rounded_to_16_bits(dtype, device):
     case = Case((600, 24, 40, 2, 1), dtype=dtype, device=device)
     wide = moe_ext.grouped_gemm_wgrad(case.input, case.grad, case.offsets, weight_layout="enk", out_dtype=torch.float32)
-    exact = reference.grouped_gemm_wgrad(
-        case.input.double(), case.grad.double(), case.offsets, weight_layout="enk"
-    )
+    exact = reference.grouped_gemm_wgrad(case.input.double(), case.grad.double(), case.offsets, weight_layout="enk")
     assert relative_error(wide, exact) < 2e-6
 
 
@@ -207,7 +203,9 @@ def with_offsets(module, offsets, device):
     ]
 
 
-@pytest.mark.parametrize("offsets", [[0, 4, 9], [0, 99, 120], [-7, 3, 8], [2, 5, 8], [2, 2, 5], [5, 5, 5], [-9, -3, -1]])
+@pytest.mark.parametrize(
+    "offsets", [[0, 4, 9], [0, 99, 120], [-7, 3, 8], [2, 5, 8], [2, 2, 5], [5, 5, 5], [-9, -3, -1]]
+)
 def test_offsets_out_of_range(offsets, device):
     """Clamped to the rows; what no expert holds is zero."""
     found, expected = with_offsets(moe_ext, offsets, device), with_offsets(reference, offsets, "cpu")
@@ -230,7 +228,9 @@ def test_hostile_gather(device):
     offsets = torch.tensor([0, 4], dtype=torch.int32, device=device)
     weight = weight.to(device)
     output = moe_ext.grouped_gemm(tokens, weight, offsets, weight_layout="enk", gather=(slots, rows, 2))
-    expected = torch.stack([tokens[0], tokens[0] * 0, tokens[0] * 0, tokens[1]]).cpu().double() @ weight[0].cpu().double().t()
+    expected = (
+        torch.stack([tokens[0], tokens[0] * 0, tokens[0] * 0, tokens[1]]).cpu().double() @ weight[0].cpu().double().t()
+    )
     assert relative_error(output, expected) < 1e-6
     wgrad = moe_ext.grouped_gemm_wgrad(tokens, output, offsets, weight_layout="ekn", gather=(slots, rows, 2))
     assert relative_error(wgrad[0], tokens.cpu().double().t() @ output[[0, 3]].cpu().double()) < 1e-6

@@ -41,7 +41,7 @@ constexpr int64_t kColumnBlock = 256;
 
 // gate and up of `columns` columns in, their gradients for the gradient weight * gradient of the output out.
 template <Activation kind, int stride, typename scalar_t, typename acc_t>
-MOE_HOST_DEVICE inline void differentiate_block(const scalar_t* __restrict gate, const scalar_t* __restrict up,
+MOE_HOST_DEVICE_INLINE void differentiate_block(const scalar_t* __restrict gate, const scalar_t* __restrict up,
                                                 const scalar_t* __restrict gradient, scalar_t* __restrict grad_gate,
                                                 scalar_t* __restrict grad_up, acc_t* __restrict value, int64_t columns,
                                                 acc_t weight, acc_t alpha, acc_t limit) {

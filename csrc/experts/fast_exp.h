@@ -6,20 +6,15 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MOE_HOST_DEVICE __host__ __device__
-#else
-// Always inline: a call inside a loop keeps it from being vectorised.
-#define MOE_HOST_DEVICE __attribute__((always_inline))
-#endif
+#include "../common/host_device.h"
 
 namespace moe_ext {
 
-MOE_HOST_DEVICE inline double exp_of(double x) { return exp(x); }
+MOE_HOST_DEVICE_INLINE double exp_of(double x) { return exp(x); }
 
 // Within 2 ulp of exp on [-87, 88]; clamped to the values at these ends outside; NaN stays NaN.
 // Cody-Waite reduction x = n ln2 + r and the polynomial of Cephes' expf for r in [-ln2/2, ln2/2].
-MOE_HOST_DEVICE inline float exp_of(float x) {
+MOE_HOST_DEVICE_INLINE float exp_of(float x) {
 #ifdef __CUDA_ARCH__
   return expf(x);
 #else
@@ -41,10 +36,10 @@ MOE_HOST_DEVICE inline float exp_of(float x) {
 #endif
 }
 
-MOE_HOST_DEVICE inline double erfc_of(double x) { return erfc(x); }
+MOE_HOST_DEVICE_INLINE double erfc_of(double x) { return erfc(x); }
 
 // The Chebyshev fit of Numerical Recipes (erfcc), branch-free; gelu by it is within 2e-6 relative above -5.5.
-MOE_HOST_DEVICE inline float erfc_of(float x) {
+MOE_HOST_DEVICE_INLINE float erfc_of(float x) {
 #ifdef __CUDA_ARCH__
   return erfcf(x);
 #else

@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <tuple>
 
 #include "../common/checks.h"
+#include "../common/ordered_key.h"
 
 namespace moe_ext {
 
@@ -44,20 +44,6 @@ inline PlanShape check_routing_plan(const Tensor& topk_ids, int64_t num_experts,
   check_fits_int32(shape.num_slots, "num_tokens * topk");
   check_fits_int32(shape.num_rows, "rows of the plan");
   return shape;
-}
-
-#ifdef __CUDACC__
-#define MOE_HOST_DEVICE __host__ __device__
-#else
-#define MOE_HOST_DEVICE
-#endif
-
-// Unsigned integers in the order of the floats they come from; NaN below everything.
-MOE_HOST_DEVICE inline uint32_t ordered_key(float score) {
-  uint32_t bits;
-  memcpy(&bits, &score, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 MOE_HOST_DEVICE inline int64_t round_up(int64_t rows, int64_t alignment) {

@@ -13,18 +13,17 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../common/cuda_launch.h"
+#include "../common/block_select.h"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kSelectThreads;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kSharedCounters = 12000;  // warps * E counters; with the scan's own words under 48 KiB of shared memory
 constexpr int64_t kSmallSlots = 16 * 1024;
 constexpr int64_t kSlotsPerBlock = 2048;
 constexpr int64_t kMaxPlanBlocks = 256;
-constexpr unsigned kFullMask = 0xffffffffu;
 
 struct PlanOutputs {
   int32_t* expert_offsets;
@@ -32,29 +31,6 @@ struct PlanOutputs {
   int32_t* permuted_to_slot;
   int32_t* slot_to_permuted;
 };
-
-// Exclusive scan of one value per thread over the block; `total` receives the sum. All threads must call.
-__device__ int block_exclusive_scan(int value, int* total) {
-  __shared__ int warp_sums[kWarps];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  int inclusive = value;
-#pragma unroll
-  for (int offset = 1; offset < kWarpSize; offset *= 2) {
-    const int below = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += below;
-  }
-  __syncthreads();  // warp_sums may still be read from the last call
-  if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
-  __syncthreads();
-  int before = 0, sum = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += warp_sums[w];
-    sum += warp_sums[w];
-  }
-  *total = sum;
-  return before + inclusive - value;
-}
 
 // From counts to tokens_per_expert and expert_offsets; `counts(e)` are uncapped. One block; all threads must call.
 template <typename Counts>
@@ -251,38 +227,6 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-// The key of the capacity-th best score: 4 passes over 8 bits each. `ties` receives how many slots with that very key
-// are kept. All threads must call.
-__device__ uint32_t select_threshold(const float* scores, const int32_t* slots, int count, int capacity, int* ties) {
-  constexpr int kDigits = 256;
-  __shared__ int histogram[kDigits];
-  __shared__ uint32_t chosen;
-  __shared__ int left;
-  uint32_t prefix = 0;
-  int wanted = capacity;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) histogram[digit] = 0;
-    __syncthreads();
-    const uint32_t mask = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const uint32_t key = ordered_key(scores[slots[i]]);
-      if ((key & mask) == prefix) atomicAdd(&histogram[(key >> shift) & (kDigits - 1)], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = kDigits - 1;
-      while (digit > 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
-      chosen = prefix | static_cast<uint32_t>(digit) << shift;
-      left = wanted;
-    }
-    __syncthreads();
-    prefix = chosen;
-    wanted = left;
-  }
-  *ties = wanted;
-  return prefix;
-}
-
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const float* __restrict__ scores, const int32_t* __restrict__ sorted,
                   const int32_t* __restrict__ uncapped_starts, PlanShape shape, PlanOutputs out) {
@@ -292,11 +236,12 @@ __global__ void __launch_bounds__(kThreads)
     const int capacity = static_cast<int>(shape.capacity);
     const bool keep_all = count <= capacity;
     int ties = 0;
-    const uint32_t threshold = keep_all || capacity == 0 ? 0 : select_threshold(scores, slots, count, capacity, &ties);
+    const auto key_of = [&](int64_t i) { return ordered_key(scores[slots[i]]); };
+    const uint32_t threshold = keep_all || capacity == 0 ? 0 : select_threshold(key_of, count, capacity, &ties);
     int kept = 0, ties_seen = 0;
     for (int first = 0; capacity > 0 && first < count; first += kThreads) {
       const int i = first + threadIdx.x;
-      const uint32_t key = i < count ? ordered_key(scores[slots[i]]) : 0;
+      const uint32_t key = i < count ? key_of(i) : 0;
       const bool tied = i < count && !keep_all && key == threshold;
       int total_ties, total_kept;
       const int tie_rank = ties_seen + block_exclusive_scan(tied, &total_ties);

@@ -2,6 +2,7 @@
 
 from moe_ext._library import build_info
 from moe_ext.ops.experts import expert_activation, moe_mlp
+from moe_ext.ops.gating import expert_choice_gating, router_losses, topk_gating
 from moe_ext.ops.grouped_gemm import grouped_bias_grad, grouped_gemm, grouped_gemm_wgrad
 from moe_ext.ops.permutation import permute, unpermute
 from moe_ext.ops.plan import routing_plan
@@ -13,11 +14,14 @@ __all__ = [
     "RoutingPlan",
     "build_info",
     "expert_activation",
+    "expert_choice_gating",
     "grouped_bias_grad",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "moe_mlp",
     "permute",
+    "router_losses",
     "routing_plan",
+    "topk_gating",
     "unpermute",
 ]

@@ -24,7 +24,9 @@ def make_inputs(dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
     return [
         make_rows(NUM_TOKENS, NUM_EXPERTS, dtype=torch.float32, device=device, seed=seed),
         make_rows(NUM_TOKENS, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 1),
-        make_rows(NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 2, scale=0.1),
+        make_rows(
+            NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 2, scale=0.1
+        ),
         make_rows(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, dtype=dtype, device=device, seed=seed + 3, scale=0.1),
     ]
 

@@ -112,9 +112,7 @@ def grouped_gemm_wgrad(
     )
 
 
-def grouped_bias_grad(
-    grad_output: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """The gradient of :func:`grouped_gemm` (without activation) to its bias: the sum of each expert's rows.
 
     Args:
@@ -267,9 +265,7 @@ def _grouped_bias_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, N
     return torch.where(held[:, None], spread, torch.zeros_like(spread)), None, None
 
 
-torch.library.register_autograd(
-    "moe_ext::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup
-)
+torch.library.register_autograd("moe_ext::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
 torch.library.register_autograd(
     "moe_ext::grouped_gemm_wgrad", _grouped_gemm_wgrad_backward, setup_context=_grouped_gemm_wgrad_setup
 )

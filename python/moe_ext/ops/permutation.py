@@ -103,9 +103,7 @@ def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Ten
     permuted_to_slot, slot_to_permuted, topk_weights, input = ctx.saved_tensors
     if not ctx.weighted:
         return permute(grad, permuted_to_slot, slot_to_permuted, ctx.topk), None, None, None, None
-    grad_input, grad_weights = _ops.unpermute_backward(
-        grad, input, permuted_to_slot, slot_to_permuted, topk_weights
-    )
+    grad_input, grad_weights = _ops.unpermute_backward(grad, input, permuted_to_slot, slot_to_permuted, topk_weights)
     return grad_input, None, None, grad_weights, None
 
 

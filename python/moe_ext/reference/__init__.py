@@ -4,17 +4,21 @@ They are the specification: tests compare each kernel with its twin.
 """
 
 from moe_ext.reference.experts import expert_activation, moe_mlp
+from moe_ext.reference.gating import expert_choice_gating, router_losses, topk_gating
 from moe_ext.reference.grouped_gemm import grouped_bias_grad, grouped_gemm, grouped_gemm_wgrad
 from moe_ext.reference.permutation import permute, unpermute
 from moe_ext.reference.plan import routing_plan
 
 __all__ = [
     "expert_activation",
+    "expert_choice_gating",
     "grouped_bias_grad",
     "grouped_gemm",
     "grouped_gemm_wgrad",
     "moe_mlp",
     "permute",
+    "router_losses",
     "routing_plan",
+    "topk_gating",
     "unpermute",
 ]

@@ -54,7 +54,5 @@ def moe_mlp(
         activation_alpha=activation_alpha,
         activation_limit=activation_limit,
     )
-    rows = grouped_gemm(
-        activated, down_weight, plan.expert_offsets, weight_layout=weight_layout, bias=down_bias
-    )
+    rows = grouped_gemm(activated, down_weight, plan.expert_offsets, weight_layout=weight_layout, bias=down_bias)
     return unpermute(rows, plan.permuted_to_slot, plan.slot_to_permuted, topk, topk_weights)

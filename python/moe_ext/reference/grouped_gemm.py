@@ -61,9 +61,7 @@ def grouped_gemm_wgrad(
     return torch.stack(gradients)
 
 
-def grouped_bias_grad(
-    grad_output: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None
-) -> Tensor:
+def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """See :func:`moe_ext.grouped_bias_grad`."""
     boundaries = group_boundaries(expert_offsets, grad_output.shape[0])
     accumulate = torch.float64 if grad_output.dtype == torch.float64 else torch.float32

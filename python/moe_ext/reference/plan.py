@@ -43,6 +43,4 @@ def routing_plan(
         offsets[expert + 1] = start + -(-count // row_alignment) * row_alignment
     counts = torch.tensor([slots.numel() for slots in groups], dtype=torch.int32)
     device = topk_ids.device
-    return RoutingPlan(
-        offsets.to(device), counts.to(device), permuted_to_slot.to(device), slot_to_permuted.to(device)
-    )
+    return RoutingPlan(offsets.to(device), counts.to(device), permuted_to_slot.to(device), slot_to_permuted.to(device))

@@ -1,0 +1,68 @@
+// Block-wide scan and radix select for kernels of kSelectThreads threads; integers only, all threads must call.
+#pragma once
+
+#include "cuda_launch.h"
+#include "ordered_key.h"
+
+namespace moe_ext {
+
+constexpr int kSelectThreads = 512;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+// Exclusive scan of one value per thread over the block; `total` receives the sum.
+__device__ inline int block_exclusive_scan(int value, int* total) {
+  constexpr int kWarps = kSelectThreads / kWarpSize;
+  __shared__ int warp_sums[kWarps];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int inclusive = value;
+#pragma unroll
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int below = __shfl_up_sync(kFullMask, inclusive, offset);
+    if (lane >= offset) inclusive += below;
+  }
+  __syncthreads();  // warp_sums may still be read from the last call
+  if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
+  __syncthreads();
+  int before = 0, sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += warp_sums[w];
+    sum += warp_sums[w];
+  }
+  *total = sum;
+  return before + inclusive - value;
+}
+
+// The `wanted`-th largest of key(0) .. key(count - 1), 1 <= wanted <= count, in 4 passes over 8 bits each; `ties`
+// receives how many items with that very key belong to the largest `wanted`.
+template <typename Key>
+__device__ uint32_t select_threshold(const Key& key, int64_t count, int wanted, int* ties) {
+  constexpr int kDigits = 256;
+  __shared__ int histogram[kDigits];
+  __shared__ uint32_t chosen;
+  __shared__ int left;
+  uint32_t prefix = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int digit = threadIdx.x; digit < kDigits; digit += kSelectThreads) histogram[digit] = 0;
+    __syncthreads();
+    const uint32_t mask = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
+    for (int64_t i = threadIdx.x; i < count; i += kSelectThreads) {
+      const uint32_t value = key(i);
+      if ((value & mask) == prefix) atomicAdd(&histogram[(value >> shift) & (kDigits - 1)], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int digit = kDigits - 1;
+      while (digit > 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
+      chosen = prefix | static_cast<uint32_t>(digit) << shift;
+      left = wanted;
+    }
+    __syncthreads();
+    prefix = chosen;
+    wanted = left;
+  }
+  *ties = wanted;
+  return prefix;
+}
+
+}  // namespace moe_ext

@@ -1,0 +1,218 @@
+// expert_choice_gating and its backward on CUDA.
+//   stats_kernel      one warp per token: the row's softmax (largest logit, sum of exponentials)
+//   transpose_kernel  32 x 32 tiles through shared memory: scores by expert [E, T], both sides coalesced
+//   threshold_kernel  one block per expert: radix select of its capacity-th best score, then the last token that a tie
+//                     at that score still admits
+//   emit_kernel       one thread per (token, expert): compares with the expert's threshold
+// Traffic: logits read three times, scores written once and read five times (from L2 where T*E*4 bytes fit), weights
+// and ids written once. Bound: memory, the passes of the slowest expert for small E.
+#include "expert_choice_gating.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "warp_row.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kTile = 32;
+constexpr int kTileRowsPerPass = 8;
+constexpr int kEmitThreads = 256;
+
+struct Threshold {
+  uint32_t key;
+  int32_t last_tied_token;  // -1: none at the threshold is taken
+};
+
+__device__ float score_of(ScoreFunction function, float logit, SoftmaxRow<float> softmax) {
+  return function == ScoreFunction::kSoftmax ? softmax.probability(logit) : elementwise_score(function, logit);
+}
+
+// + 0 makes one zero of the two.
+__device__ uint32_t key_of(float score) { return ordered_key(score + 0.f); }
+
+template <typename scalar_t, int per_lane>
+__global__ void __launch_bounds__(kGateThreads)
+    stats_kernel(const scalar_t* __restrict__ logits, SoftmaxRow<float>* __restrict__ stats, ExpertChoiceShape shape) {
+  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(shape.num_experts);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
+       token < shape.num_tokens; token += stride) {
+    WarpRow<per_lane> row;
+    row.load(logits + token * num_experts, nullptr, num_experts, lane);
+    const SoftmaxRow<float> softmax = row.softmax();
+    if (lane == 0) stats[token] = softmax;
+  }
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kTile* kTileRowsPerPass)
+    transpose_kernel(const scalar_t* __restrict__ logits, const SoftmaxRow<float>* __restrict__ stats,
+                     float* __restrict__ scores, ExpertChoiceShape shape) {
+  __shared__ float tile[kTile][kTile + 1];
+  const int column = threadIdx.x % kTile, first_row = threadIdx.x / kTile;
+  const int64_t expert_tiles = ceil_div(shape.num_experts, kTile), token_tiles = ceil_div(shape.num_tokens, kTile);
+  for (int64_t item = blockIdx.x; item < expert_tiles * token_tiles; item += gridDim.x) {
+    const int64_t first_token = item / expert_tiles * kTile, first_expert = item % expert_tiles * kTile;
+    for (int r = first_row; r < kTile; r += kTileRowsPerPass) {
+      const int64_t token = first_token + r, expert = first_expert + column;
+      if (token < shape.num_tokens && expert < shape.num_experts) {
+        tile[r][column] = score_of(shape.score_function, static_cast<float>(logits[token * shape.num_experts + expert]),
+                                   stats[token]);
+      }
+    }
+    __syncthreads();
+    for (int r = first_row; r < kTile; r += kTileRowsPerPass) {
+      const int64_t token = first_token + column, expert = first_expert + r;
+      if (token < shape.num_tokens && expert < shape.num_experts) {
+        scores[expert * shape.num_tokens + token] = tile[column][r];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(kSelectThreads)
+    threshold_kernel(const float* __restrict__ scores, Threshold* __restrict__ thresholds, ExpertChoiceShape shape) {
+  for (int64_t expert = blockIdx.x; expert < shape.num_experts; expert += gridDim.x) {
+    const float* mine = scores + expert * shape.num_tokens;
+    const auto key = [&](int64_t token) { return key_of(mine[token]); };
+    int ties = 0;
+    const uint32_t threshold = select_threshold(key, shape.num_tokens, static_cast<int>(shape.capacity), &ties);
+    int seen = 0;
+    for (int64_t first = 0; first < shape.num_tokens && seen < ties; first += kSelectThreads) {
+      const int64_t token = first + threadIdx.x;
+      const bool tied = token < shape.num_tokens && key(token) == threshold;
+      int total;
+      const int rank = seen + block_exclusive_scan(tied, &total);
+      if (tied && rank == ties - 1) thresholds[expert] = {threshold, static_cast<int32_t>(token)};
+      seen += total;
+    }
+    __syncthreads();
+  }
+}
+
+template <typename scalar_t>
+__global__ void __launch_bounds__(kEmitThreads)
+    emit_kernel(const scalar_t* __restrict__ logits, const SoftmaxRow<float>* __restrict__ stats,
+                const Threshold* __restrict__ thresholds, float* __restrict__ topk_weights,
+                int32_t* __restrict__ topk_ids, ExpertChoiceShape shape) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kEmitThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kEmitThreads + threadIdx.x;
+       i < shape.num_tokens * shape.num_experts; i += stride) {
+    const int64_t token = i / shape.num_experts, expert = i % shape.num_experts;
+    const float score = score_of(shape.score_function, static_cast<float>(logits[i]), stats[token]);
+    bool chosen = false;
+    if (shape.capacity > 0) {
+      const Threshold threshold = thresholds[expert];
+      const uint32_t key = key_of(score);
+      chosen = key > threshold.key || (key == threshold.key && token <= threshold.last_tied_token);
+    }
+    topk_weights[i] = chosen ? score : 0.f;
+    topk_ids[i] = chosen ? static_cast<int32_t>(expert) : -1;
+  }
+}
+
+template <typename scalar_t, int per_lane>
+__global__ void __launch_bounds__(kGateThreads)
+    expert_choice_backward_kernel(const float* __restrict__ grad_topk_weights, const scalar_t* __restrict__ logits,
+                                  const int32_t* __restrict__ topk_ids, scalar_t* __restrict__ grad_logits,
+                                  ExpertChoiceShape shape) {
+  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(shape.num_experts);
+  const bool is_softmax = shape.score_function == ScoreFunction::kSoftmax;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
+       token < shape.num_tokens; token += stride) {
+    const int64_t first = token * num_experts;
+    WarpRow<per_lane> row;
+    row.load(logits + first, nullptr, num_experts, lane);
+    const SoftmaxRow<float> softmax = is_softmax ? row.softmax() : SoftmaxRow<float>{0.f, 1.f};
+    float grad[per_lane], dot = 0.f;
+    bool chosen[per_lane];
+#pragma unroll
+    for (int i = 0; i < per_lane; ++i) {
+      const int expert = lane + i * kWarpSize;
+      chosen[i] = expert < num_experts && topk_ids[first + expert] == expert;
+      grad[i] = chosen[i] ? grad_topk_weights[first + expert] : 0.f;
+      if (is_softmax && chosen[i]) dot += grad[i] * softmax.probability(row.logits[i]);
+    }
+    dot = warp_sum(dot);
+#pragma unroll
+    for (int i = 0; i < per_lane; ++i) {
+      const int expert = lane + i * kWarpSize;
+      if (expert >= num_experts) continue;
+      const bool unused_nan = row.logits[i] != row.logits[i] && !chosen[i];
+      const float slope = is_softmax ? softmax.probability(row.logits[i])
+                                     : elementwise_score_gradient(shape.score_function, row.logits[i]);
+      grad_logits[first + expert] = static_cast<scalar_t>(unused_nan ? 0.f : slope * (grad[i] - dot));
+    }
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> expert_choice_gating(const Tensor& logits, int64_t capacity,
+                                                const std::string& score_function) {
+  const ExpertChoiceShape shape = check_expert_choice_gating(logits, capacity, score_function);
+  const DeviceGuard guard(logits.get_device_index());
+  const cudaStream_t stream = current_stream(logits);
+  const Tensor source = torch::stable::contiguous(logits);
+  const int64_t num_scores = shape.num_tokens * shape.num_experts;
+  Tensor topk_weights = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Float);
+  Tensor topk_ids = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Int);
+  if (num_scores == 0) return {topk_weights, topk_ids};
+  Tensor stats = torch::stable::new_empty(logits, {shape.num_tokens, 2}, ScalarType::Float);
+  Tensor scores = torch::stable::new_empty(logits, {num_scores}, ScalarType::Float);
+  Tensor thresholds = torch::stable::new_empty(logits, {shape.num_experts, 2}, ScalarType::Int);
+  static_assert(sizeof(SoftmaxRow<float>) == 2 * sizeof(float) && sizeof(Threshold) == 2 * sizeof(int32_t));
+  auto* stat = reinterpret_cast<SoftmaxRow<float>*>(stats.mutable_data_ptr<float>());
+  auto* threshold = reinterpret_cast<Threshold*>(thresholds.mutable_data_ptr<int32_t>());
+  dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    const auto* logit = source.const_data_ptr<scalar_t>();
+    dispatch_experts(shape.num_experts, [&](auto per_lane) {
+      launch_kernel(stats_kernel<scalar_t, decltype(per_lane)::value>, blocks_for_rows(shape.num_tokens), kGateThreads,
+                    0, stream, logit, stat, shape);
+    });
+    if (shape.capacity > 0) {
+      const int64_t tiles = ceil_div(shape.num_tokens, kTile) * ceil_div(shape.num_experts, kTile);
+      launch_kernel(transpose_kernel<scalar_t>, static_cast<unsigned>(std::min(tiles, kMaxBlocks)),
+                    kTile * kTileRowsPerPass, 0, stream, logit, stat, scores.mutable_data_ptr<float>(), shape);
+      launch_kernel(threshold_kernel, static_cast<unsigned>(std::min(shape.num_experts, kMaxBlocks)), kSelectThreads, 0,
+                    stream, scores.const_data_ptr<float>(), threshold, shape);
+    }
+    launch_kernel(emit_kernel<scalar_t>,
+                  static_cast<unsigned>(std::min(ceil_div(num_scores, kEmitThreads), kMaxBlocks)), kEmitThreads, 0,
+                  stream, logit, stat, threshold, topk_weights.mutable_data_ptr<float>(),
+                  topk_ids.mutable_data_ptr<int32_t>(), shape);
+  });
+  return {topk_weights, topk_ids};
+}
+
+Tensor expert_choice_gating_backward(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,
+                                     const std::string& score_function) {
+  const ExpertChoiceShape shape =
+      check_expert_choice_gating_backward(grad_topk_weights, logits, topk_ids, score_function);
+  const DeviceGuard guard(logits.get_device_index());
+  const Tensor source = torch::stable::contiguous(logits), gradient = torch::stable::contiguous(grad_topk_weights);
+  const Tensor chosen = torch::stable::contiguous(topk_ids);
+  Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
+  if (shape.num_tokens == 0) return grad_logits;
+  dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    dispatch_experts(shape.num_experts, [&](auto per_lane) {
+      launch_kernel(expert_choice_backward_kernel<scalar_t, decltype(per_lane)::value>,
+                    blocks_for_rows(shape.num_tokens), kGateThreads, 0, current_stream(logits),
+                    gradient.const_data_ptr<float>(), source.const_data_ptr<scalar_t>(),
+                    chosen.const_data_ptr<int32_t>(), grad_logits.mutable_data_ptr<scalar_t>(), shape);
+    });
+  });
+  return grad_logits;
+}
+
+}  // namespace moe_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) {
+  m.impl("expert_choice_gating", TORCH_BOX(&moe_ext::cuda::expert_choice_gating));
+  m.impl("expert_choice_gating_backward", TORCH_BOX(&moe_ext::cuda::expert_choice_gating_backward));
+}

@@ -1,0 +1,224 @@
+"""From router logits to expert ids and weights, and the losses that train a router."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
+
+_ops = torch.ops.moe_ext
+
+NOT_DIFFERENTIABLE = (
+    "moe_ext::topk_gating_backward",
+    "moe_ext::router_losses_backward",
+    "moe_ext::expert_choice_gating_backward",
+)
+
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus", "identity"]
+ScoreOrder = Literal["score_then_select", "select_then_score"]
+
+
+def _router_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def topk_gating(
+    logits: Tensor,
+    topk: int,
+    *,
+    score_function: ScoreFunction = "softmax",
+    score_order: ScoreOrder = "score_then_select",
+    selection_bias: Tensor | None = None,
+    expert_mask: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    renormalize: bool = False,
+    renormalize_eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Pick each token's experts and their weights; computed in fp32 whatever the dtype of the logits.
+
+    Covers the gates of Mixtral and OLMoE (softmax, with and without ``renormalize``), gpt-oss (``select_then_score``),
+    DeepSeek-V2 and V3 (sigmoid, ``selection_bias`` without auxiliary loss, groups, ``scale``).
+
+    Args:
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU); up to 4096 experts on CUDA.
+        topk: experts per token, 1 to num_experts; up to 128 on CUDA.
+        score_function: softmax over all allowed experts, or sigmoid, sqrt(softplus(x)), or the logit itself.
+        score_order: ``score_then_select`` weighs with the score; ``select_then_score`` takes the softmax over the
+            selected logits only (no difference for the other score functions).
+        selection_bias: [num_experts] float32 (float64 for float64 logits), added to the score for the selection only,
+            never to the weight, and without gradient (loss-free balancing, DeepSeek-V3).
+        expert_mask: bool, [num_experts] or [num_tokens, num_experts], True where an expert may be picked; the others
+            take no part in the softmax either.
+        num_groups: experts are this many equal, consecutive groups; up to 64 on CUDA.
+        topk_groups: only the best groups stay; a group's score is the sum of its two highest biased scores
+            (DeepSeek-V3), ties to the lower group.
+        renormalize: divide a token's weights by their sum plus ``renormalize_eps``; a sum of 0 gives weights 0.
+        scale: multiplies the weights, after renormalisation.
+
+    Returns:
+        ``topk_weights`` [num_tokens, topk] float32 (float64 for float64 logits), differentiable in ``logits``, and
+        ``topk_ids`` [num_tokens, topk] int32 in descending order of selection, ties to the lower id. Where fewer than
+        ``topk`` experts are allowed, the slots left over hold id -1 and weight 0. A NaN logit sorts last, takes no part
+        in the softmax of others, and gives weight NaN if it is picked all the same: a token whose logits are all NaN
+        gets ids ``0 .. topk - 1`` and NaN weights. A softmax over a +inf logit is NaN, as in torch.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, size, range or device; the message names it.
+    """
+    if selection_bias is not None:
+        selection_bias = selection_bias.detach()
+    weights, ids = _ops.topk_gating(
+        logits, topk, score_function, score_order, selection_bias, expert_mask, num_groups, topk_groups, renormalize,
+        renormalize_eps, scale,
+    )  # fmt: skip
+    return weights, ids
+
+
+def router_losses(
+    logits: Tensor,
+    topk_ids: Tensor,
+    *,
+    score_function: ScoreFunction = "softmax",
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The load-balancing loss and the z-loss of a router, and the load itself, in one pass.
+
+    Args:
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU).
+        topk_ids: [num_tokens, topk] int32 or int64; ids out of range count for no expert.
+        score_function: as in :func:`topk_gating`; scores are divided by their sum over the experts.
+        token_mask: [num_tokens] bool, True for tokens that count; None counts all.
+
+    Returns:
+        ``balance_loss``: ``sum_e f_e P_e`` with ``f_e = num_experts / (topk * T) * tokens_per_expert[e]`` and ``P_e``
+        the mean score of expert e over the T counted tokens: 1 under uniform routing (Switch, Fedus et al. 2021;
+        GShard; DeepSeekMoE). ``z_loss``: mean of ``logsumexp(logits)^2`` (ST-MoE, Zoph et al. 2022).
+        ``tokens_per_expert``: [num_experts] int32. The losses are float32 scalars (float64 for float64 logits),
+        differentiable in ``logits``, 0 where no token counts; multiply them with their coefficients and add them.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
+    """
+    balance_loss, z_loss, tokens_per_expert, _ = _ops.router_losses(logits, topk_ids, score_function, token_mask)
+    return balance_loss, z_loss, tokens_per_expert
+
+
+def expert_choice_gating(
+    logits: Tensor, capacity: int, *, score_function: ScoreFunction = "softmax"
+) -> tuple[Tensor, Tensor]:
+    """Let every expert pick its best tokens (Expert Choice, Zhou et al. 2022).
+
+    Args:
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU); up to 4096 experts on CUDA.
+        capacity: tokens per expert, at least 0; more than num_tokens picks all.
+        score_function: as in :func:`topk_gating`; the softmax runs over the experts.
+
+    Returns:
+        ``topk_weights`` [num_tokens, num_experts] float32 (float64 for float64 logits), the score where the expert
+        picked the token and 0 elsewhere, differentiable in ``logits``, and ``topk_ids`` [num_tokens, num_experts]
+        int32: e in column e where expert e picked the token, else -1. Both drop into :func:`moe_ext.routing_plan` and
+        what follows with ``topk = num_experts``; give the plan the same ``capacity`` to keep its rows few. Ties go to
+        the earlier token; NaN scores come last.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, range or device; the message names it.
+    """
+    weights, ids = _ops.expert_choice_gating(logits, capacity, score_function)
+    return weights, ids
+
+
+@torch.library.register_fake("moe_ext::topk_gating")
+def _topk_gating_fake(logits: Tensor, topk: int, *options: Any) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], topk)
+    return logits.new_empty(shape, dtype=_router_dtype(logits)), logits.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("moe_ext::topk_gating_backward")
+def _topk_gating_backward_fake(grad_topk_weights: Tensor, logits: Tensor, topk_ids: Tensor, *options: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("moe_ext::router_losses")
+def _router_losses_fake(
+    logits: Tensor, topk_ids: Tensor, score_function: str, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _router_dtype(logits)
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(logits.shape[1], dtype=torch.int32),
+        logits.new_empty((), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moe_ext::router_losses_backward")
+def _router_losses_backward_fake(
+    grad_balance_loss: Tensor, grad_z_loss: Tensor, logits: Tensor, *options: Any
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("moe_ext::expert_choice_gating")
+def _expert_choice_gating_fake(logits: Tensor, capacity: int, score_function: str) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape, dtype=_router_dtype(logits)), logits.new_empty(
+        logits.shape, dtype=torch.int32
+    )
+
+
+@torch.library.register_fake("moe_ext::expert_choice_gating_backward")
+def _expert_choice_gating_backward_fake(
+    grad_topk_weights: Tensor, logits: Tensor, topk_ids: Tensor, score_function: str
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _topk_gating_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, score_function, score_order, _, expert_mask, _, _, renormalize, renormalize_eps, scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, output[1], expert_mask)
+    ctx.options = (score_function, score_order)
+    ctx.normalization = (renormalize, renormalize_eps, scale)
+
+
+def _topk_gating_backward(ctx: Any, grad_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    logits, topk_ids, expert_mask = ctx.saved_tensors
+    grad = _ops.topk_gating_backward(grad_weights, logits, topk_ids, *ctx.options, expert_mask, *ctx.normalization)
+    return grad, *[None] * 10
+
+
+def _router_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, topk_ids, ctx.score_function, token_mask = inputs
+    ctx.topk = topk_ids.shape[1]
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.save_for_backward(logits, output[2], output[3], token_mask)
+
+
+def _router_losses_backward(ctx: Any, grad_balance: Tensor, grad_z: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    logits, tokens_per_expert, num_counted, token_mask = ctx.saved_tensors
+    grad = _ops.router_losses_backward(
+        grad_balance, grad_z, logits, tokens_per_expert, num_counted, ctx.score_function, token_mask, ctx.topk
+    )
+    return grad, None, None, None
+
+
+def _expert_choice_gating_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, ctx.score_function = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, output[1])
+
+
+def _expert_choice_gating_backward(ctx: Any, grad_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    logits, topk_ids = ctx.saved_tensors
+    return _ops.expert_choice_gating_backward(grad_weights, logits, topk_ids, ctx.score_function), None, None
+
+
+torch.library.register_autograd("moe_ext::topk_gating", _topk_gating_backward, setup_context=_topk_gating_setup)
+torch.library.register_autograd("moe_ext::router_losses", _router_losses_backward, setup_context=_router_losses_setup)
+torch.library.register_autograd(
+    "moe_ext::expert_choice_gating", _expert_choice_gating_backward, setup_context=_expert_choice_gating_setup
+)

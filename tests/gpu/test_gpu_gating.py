@@ -1,0 +1,1 @@
+from test_gating import *  # noqa: F403
