@@ -32,7 +32,7 @@ enum class Activation : int {
 
 // In the order of the enum.
 inline constexpr const char* kActivationNames[] = {
-    "none",         "silu",   "gelu",           "gelu_tanh", "quick_gelu",  "relu",
+    "none",         "silu",   "gelu",           "gelu_tanh", "quick_gelu", "relu",
     "relu_squared", "swiglu", "swiglu_clamped", "geglu",     "geglu_tanh", "reglu",
 };
 

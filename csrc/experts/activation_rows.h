@@ -21,7 +21,7 @@ struct GateUp {
 // output [width] = activation(row)
 template <Activation kind, int stride, typename scalar_t>
 MOE_CPU_CLONES void activate_row(const scalar_t* row, scalar_t* output, int64_t width, accumulate_t<scalar_t> alpha,
-                  accumulate_t<scalar_t> limit) {
+                                 accumulate_t<scalar_t> limit) {
   using acc_t = accumulate_t<scalar_t>;
   if constexpr (is_gated(kind)) {
     const GateUp<const scalar_t, stride> source(row, width);
@@ -48,8 +48,8 @@ MOE_HOST_DEVICE_INLINE void differentiate_block(const scalar_t* __restrict gate,
   for (int64_t c = 0; c < columns; ++c) {
     const acc_t scaled = weight * static_cast<acc_t>(gradient[c]);
     if constexpr (is_gated(kind)) {
-      const Gated<acc_t> f = gated_function<kind>(static_cast<acc_t>(gate[c * stride]),
-                                                  static_cast<acc_t>(up[c * stride]), alpha, limit);
+      const Gated<acc_t> f =
+          gated_function<kind>(static_cast<acc_t>(gate[c * stride]), static_cast<acc_t>(up[c * stride]), alpha, limit);
       grad_gate[c * stride] = static_cast<scalar_t>(scaled * f.gate_derivative);
       grad_up[c * stride] = static_cast<scalar_t>(scaled * f.up_derivative);
       value[c] = f.value;
