@@ -5,6 +5,14 @@
 
 #include <algorithm>
 
+// Compiles a function for AVX-512 and AVX2 as well as for the baseline; the loader picks. For inner loops over rows.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(MOE_EXT_EMULATED)
+#define MOE_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MOE_CPU_CLONES
+#endif
+
 namespace moe_ext {
 
 // Below this many bytes of work a thread costs more to wake than it saves.

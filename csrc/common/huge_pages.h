@@ -1,5 +1,5 @@
-// Large CPU outputs on huge pages. Fresh memory comes from the kernel page by page: at 4 KiB a page the first write of a
-// 512 MiB weight gradient spent 215 ms in page faults on the machine where this was measured, as much as the product.
+// Large CPU outputs on huge pages. Fresh memory comes from the kernel page by page: at 4 KiB a page the first write of
+// a 512 MiB weight gradient spent 215 ms in page faults on the machine where this was measured, as much as the product.
 #pragma once
 
 #include <cstdint>

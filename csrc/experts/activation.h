@@ -32,7 +32,7 @@ enum class Activation : int {
 
 // In the order of the enum.
 inline constexpr const char* kActivationNames[] = {
-    "none",         "silu",   "gelu",           "gelu_tanh", "quick_gelu",  "relu",
+    "none",         "silu",   "gelu",           "gelu_tanh", "quick_gelu", "relu",
     "relu_squared", "swiglu", "swiglu_clamped", "geglu",     "geglu_tanh", "reglu",
 };
 
@@ -80,13 +80,13 @@ inline ActivationSpec check_activation(const std::string& activation, const std:
 }
 
 template <typename T>
-MOE_HOST_DEVICE inline T sigmoid(T x) {
+MOE_HOST_DEVICE_INLINE T sigmoid(T x) {
   return T(1) / (T(1) + exp_of(-x));
 }
 
 // Phi(x), the normal distribution function.
 template <typename T>
-MOE_HOST_DEVICE inline T normal_cdf(T x) {
+MOE_HOST_DEVICE_INLINE T normal_cdf(T x) {
   return T(0.5) * erfc_of(x * T(-0.70710678118654752440));
 }
 
@@ -98,7 +98,7 @@ struct ValueAndDerivative {
 };
 
 template <Activation kind, typename T>
-MOE_HOST_DEVICE inline ValueAndDerivative<T> scalar_function(T x) {
+MOE_HOST_DEVICE_INLINE ValueAndDerivative<T> scalar_function(T x) {
   if constexpr (kind == Activation::kSilu || kind == Activation::kSwiglu) {
     const T s = sigmoid(x);
     return {x * s, s * (T(1) + x * (T(1) - s))};
@@ -136,7 +136,7 @@ struct Gated {
 };
 
 template <Activation kind, typename T>
-MOE_HOST_DEVICE inline Gated<T> gated_function(T gate, T up, T alpha, T limit) {
+MOE_HOST_DEVICE_INLINE Gated<T> gated_function(T gate, T up, T alpha, T limit) {
   static_assert(is_gated(kind));
   if constexpr (kind == Activation::kSwigluClamped) {
     // gpt-oss: gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above, up from both sides. No

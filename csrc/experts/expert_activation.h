@@ -1,5 +1,5 @@
-// expert_activation: f(pre_activation), or f(gate) * up; activation.h has the formulas. 16-bit data is computed in fp32.
-// expert_activation_backward: its gradient to the pre-activation.
+// expert_activation: f(pre_activation), or f(gate) * up; activation.h has the formulas. 16-bit data is computed in
+// fp32. expert_activation_backward: its gradient to the pre-activation.
 #pragma once
 
 #include "../common/dtypes.h"
@@ -16,9 +16,8 @@ inline ActivationSpec check_expert_activation(const Tensor& pre_activation, cons
 }
 
 inline ActivationSpec check_expert_activation_backward(const Tensor& grad_output, const Tensor& pre_activation,
-                                                       const std::string& activation,
-                                                       const std::string& gate_up_layout, double activation_alpha,
-                                                       double activation_limit) {
+                                                       const std::string& activation, const std::string& gate_up_layout,
+                                                       double activation_alpha, double activation_limit) {
   const ActivationSpec spec =
       check_expert_activation(pre_activation, activation, gate_up_layout, activation_alpha, activation_limit);
   check_tensor(grad_output, "grad_output", {pre_activation.scalar_type()}, 2, "[num_rows, activated width]");
@@ -29,13 +28,12 @@ inline ActivationSpec check_expert_activation_backward(const Tensor& grad_output
   return spec;
 }
 
-#define MOE_DECLARE_EXPERT_ACTIVATION                                                                            \
-  Tensor expert_activation(const Tensor& pre_activation, std::string activation, std::string gate_up_layout,     \
-                           double activation_alpha, double activation_limit);                                    \
-  Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_activation,                     \
-                                    std::string activation, std::string gate_up_layout, double activation_alpha, \
-                                    double activation_limit);                                                    \
-  /* expert_activation after its checks; what grouped_gemm runs on its product. */                               \
+#define MOE_DECLARE_EXPERT_ACTIVATION                                                                                \
+  Tensor expert_activation(const Tensor& pre_activation, std::string activation, std::string gate_up_layout,         \
+                           double activation_alpha, double activation_limit);                                        \
+  Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_activation, std::string activation, \
+                                    std::string gate_up_layout, double activation_alpha, double activation_limit);   \
+  /* expert_activation after its checks; what grouped_gemm runs on its product. */                                   \
   Tensor activate_rows(const Tensor& pre_activation, const ActivationSpec& spec);
 namespace cpu {
 MOE_DECLARE_EXPERT_ACTIVATION

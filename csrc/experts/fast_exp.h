@@ -10,11 +10,11 @@
 
 namespace moe_ext {
 
-MOE_HOST_DEVICE inline double exp_of(double x) { return exp(x); }
+MOE_HOST_DEVICE_INLINE double exp_of(double x) { return exp(x); }
 
 // Within 2 ulp of exp on [-87, 88]; clamped to the values at these ends outside; NaN stays NaN.
 // Cody-Waite reduction x = n ln2 + r and the polynomial of Cephes' expf for r in [-ln2/2, ln2/2].
-MOE_HOST_DEVICE inline float exp_of(float x) {
+MOE_HOST_DEVICE_INLINE float exp_of(float x) {
 #ifdef __CUDA_ARCH__
   return expf(x);
 #else
@@ -36,7 +36,28 @@ MOE_HOST_DEVICE inline float exp_of(float x) {
 #endif
 }
 
-MOE_HOST_DEVICE inline double erfc_of(double x) { return erfc(x); }
-MOE_HOST_DEVICE inline float erfc_of(float x) { return erfcf(x); }
+MOE_HOST_DEVICE_INLINE double erfc_of(double x) { return erfc(x); }
+
+// The Chebyshev fit of Numerical Recipes (erfcc), branch-free; gelu by it is within 2e-6 relative above -5.5.
+MOE_HOST_DEVICE_INLINE float erfc_of(float x) {
+#ifdef __CUDA_ARCH__
+  return erfcf(x);
+#else
+  const float z = x < 0.f ? -x : x;
+  const float t = 1.f / (1.f + 0.5f * z);
+  float p = 0.17087277f;
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const float tail = t * exp_of(p - z * z);
+  return x < 0.f ? 2.f - tail : tail;
+#endif
+}
 
 }  // namespace moe_ext

@@ -41,12 +41,13 @@ inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight,
     check_size(weight, name, 0, shape.num_experts, "num_experts, the length of expert_offsets - 1");
     check_same_device(weight, name, input, "input");
   };
-  check_weight(gate_up_weight, "gate_up_weight",
-               enk ? "[num_experts, gate and up columns, hidden_size]" : "[num_experts, hidden_size, gate and up columns]");
+  check_weight(
+      gate_up_weight, "gate_up_weight",
+      enk ? "[num_experts, gate and up columns, hidden_size]" : "[num_experts, hidden_size, gate and up columns]");
   check_size(gate_up_weight, "gate_up_weight", enk ? 2 : 1, shape.hidden_size, "hidden_size, as in input");
   shape.gate_up_width = gate_up_weight.size(enk ? 1 : 2);
-  shape.activation = check_activation(activation, gate_up_layout, activation_alpha, activation_limit, false,
-                                      shape.gate_up_width);
+  shape.activation =
+      check_activation(activation, gate_up_layout, activation_alpha, activation_limit, false, shape.gate_up_width);
   shape.intermediate_size = shape.activation.output_width(shape.gate_up_width);
   check_weight(down_weight, "down_weight",
                enk ? "[num_experts, hidden_size, intermediate_size]" : "[num_experts, intermediate_size, hidden_size]");
@@ -66,17 +67,17 @@ inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight,
   return shape;
 }
 
-#define MOE_DECLARE_MOE_MLP                                                                                         \
-  std::tuple<Tensor, Tensor> moe_mlp(                                                                               \
-      const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& expert_offsets,   \
-      const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,    \
-      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,              \
-      std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,       \
-      double activation_limit, bool save_pre_activation);                                                           \
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                      \
-      const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,      \
-      const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                 \
-      const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                         \
+#define MOE_DECLARE_MOE_MLP                                                                                          \
+  std::tuple<Tensor, Tensor> moe_mlp(                                                                                \
+      const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight, const Tensor& expert_offsets,    \
+      const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,     \
+      const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,               \
+      std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,        \
+      double activation_limit, bool save_pre_activation);                                                            \
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                       \
+      const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,       \
+      const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                  \
+      const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                          \
       const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
       std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit);
 namespace cpu {

@@ -32,8 +32,8 @@ struct MlpRows {
 
 // All tensors contiguous. mlp_rows_backward returns (grad_pre_activation [M, 2I or I], grad_topk_weights [T, topk], or
 // [0, topk] without topk_weights). down_bias_grad sums s * dO[token] over the rows of each expert: [E, H].
-#define MOE_DECLARE_MLP_ROWS                                    \
-  std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows);   \
+#define MOE_DECLARE_MLP_ROWS                                  \
+  std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows); \
   Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
 namespace cpu {
 MOE_DECLARE_MLP_ROWS

@@ -36,9 +36,8 @@ std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
   const std::vector<int64_t> boundaries = group_boundaries(rows.expert_offsets, maps.num_rows);
   Tensor grad_pre_activation = new_empty_large(rows.pre_activation, {maps.num_rows, row_width});
   // Dropped slots have no row: their weight gradient stays zero.
-  Tensor grad_weights =
-      torch::stable::new_zeros(rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk},
-                               router_dtype(rows.grad_output.scalar_type()));
+  Tensor grad_weights = torch::stable::new_zeros(rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk},
+                                                 router_dtype(rows.grad_output.scalar_type()));
   dispatch_floating(rows.pre_activation.scalar_type(), "pre_activation", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;

@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
   const DeviceGuard guard(rows.grad_output.get_device_index());
   Tensor grad_pre_activation = torch::stable::new_empty(rows.pre_activation, {maps.num_rows, row_width});
   // Dropped slots have no row: their weight gradient stays zero.
-  Tensor grad_weights = torch::stable::new_zeros(
-      rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk}, ScalarType::Float);
+  Tensor grad_weights = torch::stable::new_zeros(rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk},
+                                                 ScalarType::Float);
   if (maps.num_rows == 0) return {grad_pre_activation, grad_weights};
   RowsProblem problem = {rows.pre_activation.const_data_ptr(),
                          rows.grad_activated.mutable_data_ptr(),

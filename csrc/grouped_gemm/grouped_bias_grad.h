@@ -28,8 +28,8 @@ inline GroupedBiasShape check_grouped_bias_grad(const Tensor& grad_output, const
                            std::optional<ScalarType> out_dtype);
 namespace cpu {
 MOE_DECLARE_GROUPED_BIAS_GRAD
-// The sum behind it, also for rows still in token order: row m of the sum is topk_weights[slot] * rows[slot / topk] with
-// slot = permuted_to_slot[m], nothing for a row without slot; topk_weights absent counts as ones.
+// The sum behind it, also for rows still in token order: row m of the sum is topk_weights[slot] * rows[slot / topk]
+// with slot = permuted_to_slot[m], nothing for a row without slot; topk_weights absent counts as ones.
 Tensor sum_rows_by_expert(const Tensor& rows, const Tensor& expert_offsets,
                           const std::optional<Tensor>& permuted_to_slot, const std::optional<Tensor>& topk_weights,
                           int64_t topk, ScalarType out_dtype);

@@ -81,6 +81,4 @@ Tensor grouped_bias_grad(const Tensor& grad_output, const Tensor& expert_offsets
 
 }  // namespace moe_ext::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("grouped_bias_grad", TORCH_BOX(&moe_ext::cpu::grouped_bias_grad));
-}
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("grouped_bias_grad", TORCH_BOX(&moe_ext::cpu::grouped_bias_grad)); }

@@ -51,12 +51,12 @@ inline GroupedGemmShape check_grouped_gemm(const Tensor& input, const Tensor& we
   return shape;
 }
 
-#define MOE_DECLARE_GROUPED_GEMM                                                                                  \
-  std::tuple<Tensor, Tensor> grouped_gemm(                                                                        \
-      const Tensor& input, const Tensor& weight, const Tensor& expert_offsets, std::string weight_layout,         \
-      const std::optional<Tensor>& bias, const std::optional<Tensor>& permuted_to_slot,                           \
-      const std::optional<Tensor>& slot_to_permuted, int64_t topk, std::string activation,                        \
-      std::string gate_up_layout, double activation_alpha, double activation_limit, bool save_pre_activation);
+#define MOE_DECLARE_GROUPED_GEMM                                                                                       \
+  std::tuple<Tensor, Tensor> grouped_gemm(                                                                             \
+      const Tensor& input, const Tensor& weight, const Tensor& expert_offsets, std::string weight_layout,              \
+      const std::optional<Tensor>& bias, const std::optional<Tensor>& permuted_to_slot,                                \
+      const std::optional<Tensor>& slot_to_permuted, int64_t topk, std::string activation, std::string gate_up_layout, \
+      double activation_alpha, double activation_limit, bool save_pre_activation);
 namespace cpu {
 MOE_DECLARE_GROUPED_GEMM
 }

@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   const GroupedGemmShape shape =
       check_grouped_gemm(input, weight, expert_offsets, weight_layout, bias, permuted_to_slot, slot_to_permuted, topk,
                          activation, gate_up_layout, activation_alpha, activation_limit);
-  const Tensor rows = shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk)
-                                   : torch::stable::contiguous(input);
+  const Tensor rows =
+      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
   const std::optional<Tensor> biases = contiguous_if_any(bias);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const auto size = static_cast<int64_t>(input.element_size());

@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
                          activation, gate_up_layout, activation_alpha, activation_limit);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
-  const Tensor rows = shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk)
-                                   : torch::stable::contiguous(input);
+  const Tensor rows =
+      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const std::optional<Tensor> biases = contiguous_if_any(bias);
   const StoredWeight stored(weight, shape.layout);

@@ -78,11 +78,12 @@ TensorCoreKernel pick_wgrad(const DeviceProperties& device, Sm90Tile tile, GemmD
   return dtype == GemmDtype::kBFloat16 ? MOE_PICK(wgrad_bf16) : MOE_PICK(wgrad_fp16);
 }
 
-// Zeroes the rows before the first expert and past the last. `Word` is 16 bytes, or one element where rows are unaligned.
+// Zeroes the rows before the first expert and past the last. `Word` is 16 bytes, or one element where rows are
+// unaligned.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    zero_rows_of_no_expert_kernel(Word* __restrict__ output, const int32_t* __restrict__ expert_offsets, int64_t num_experts,
-                     int64_t max_rows, int64_t row_words) {
+    zero_rows_of_no_expert_kernel(Word* __restrict__ output, const int32_t* __restrict__ expert_offsets,
+                                  int64_t num_experts, int64_t max_rows, int64_t row_words) {
   const int64_t begin = rows_of_expert(expert_offsets, 0, max_rows).begin;
   const int64_t end = rows_of_expert(expert_offsets, num_experts - 1, max_rows).end;
   const int64_t head = begin * row_words, total = (begin + max_rows - (end < begin ? begin : end)) * row_words;
@@ -115,11 +116,13 @@ void zero_rows_of_no_expert(const GroupedGemmArgs& args, int multiprocessors) {
   const unsigned blocks = multiprocessors * kZeroBlocksPerMultiprocessor;
   const bool aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(args.output) % 16 == 0;
   if (aligned) {
-    launch_kernel(zero_rows_of_no_expert_kernel<Word16>, blocks, kThreads, 0, args.stream, static_cast<Word16*>(args.output),
-                  args.expert_offsets, args.num_experts, args.max_rows, row_bytes / 16);
+    launch_kernel(zero_rows_of_no_expert_kernel<Word16>, blocks, kThreads, 0, args.stream,
+                  static_cast<Word16*>(args.output), args.expert_offsets, args.num_experts, args.max_rows,
+                  row_bytes / 16);
   } else {
-    launch_kernel(zero_rows_of_no_expert_kernel<uint16_t>, blocks, kThreads, 0, args.stream, static_cast<uint16_t*>(args.output),
-                  args.expert_offsets, args.num_experts, args.max_rows, row_bytes / 2);
+    launch_kernel(zero_rows_of_no_expert_kernel<uint16_t>, blocks, kThreads, 0, args.stream,
+                  static_cast<uint16_t*>(args.output), args.expert_offsets, args.num_experts, args.max_rows,
+                  row_bytes / 2);
   }
 }
 

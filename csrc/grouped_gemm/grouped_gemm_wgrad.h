@@ -47,10 +47,10 @@ inline GroupedWgradShape check_grouped_gemm_wgrad(const Tensor& input, const Ten
   return shape;
 }
 
-#define MOE_DECLARE_GROUPED_GEMM_WGRAD                                                                              \
-  Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const Tensor& expert_offsets,           \
-                            std::string weight_layout, const std::optional<Tensor>& permuted_to_slot,               \
-                            const std::optional<Tensor>& slot_to_permuted, int64_t topk,                            \
+#define MOE_DECLARE_GROUPED_GEMM_WGRAD                                                                    \
+  Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const Tensor& expert_offsets, \
+                            std::string weight_layout, const std::optional<Tensor>& permuted_to_slot,     \
+                            const std::optional<Tensor>& slot_to_permuted, int64_t topk,                  \
                             std::optional<ScalarType> out_dtype);
 namespace cpu {
 MOE_DECLARE_GROUPED_GEMM_WGRAD

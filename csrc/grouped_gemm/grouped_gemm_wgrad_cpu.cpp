@@ -17,8 +17,8 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                           std::optional<ScalarType> out_dtype) {
   const GroupedWgradShape shape = check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout,
                                                            permuted_to_slot, slot_to_permuted, topk, out_dtype);
-  const Tensor rows = shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk)
-                                   : torch::stable::contiguous(input);
+  const Tensor rows =
+      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const bool enk = shape.layout == WeightLayout::kENK;

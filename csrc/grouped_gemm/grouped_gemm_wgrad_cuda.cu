@@ -18,8 +18,8 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                                                            permuted_to_slot, slot_to_permuted, topk, out_dtype);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
-  const Tensor rows = shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk)
-                                   : torch::stable::contiguous(input);
+  const Tensor rows =
+      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const Workspace workspace(input, shape.num_experts);

@@ -39,7 +39,8 @@ inline int64_t check_expert_offsets(const Tensor& expert_offsets, const Tensor& 
 // The row gather of `input`: its maps if there is one. Checks input's rows against them.
 inline std::optional<RowMaps> check_gather(const Tensor& input, const std::optional<Tensor>& permuted_to_slot,
                                            const std::optional<Tensor>& slot_to_permuted, int64_t topk) {
-  check_tensor(input, "input", {MOE_FLOATING}, 2, permuted_to_slot ? "[num_tokens, in_features]" : "[num_rows, in_features]");
+  check_tensor(input, "input", {MOE_FLOATING}, 2,
+               permuted_to_slot ? "[num_tokens, in_features]" : "[num_rows, in_features]");
   MOE_CHECK(permuted_to_slot.has_value() == slot_to_permuted.has_value(),
             "gather: expected both permuted_to_slot and slot_to_permuted, or neither");
   if (!permuted_to_slot.has_value()) {

@@ -12,8 +12,7 @@ inline GemmDtype gemm_dtype(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16: return GemmDtype::kBFloat16;
     case ScalarType::Half: return GemmDtype::kFloat16;
     default:
-      MOE_CHECK(false, name, ": expected float32, bfloat16 or float16 on CUDA, got ",
-                dtype_name(tensor.scalar_type()));
+      MOE_CHECK(false, name, ": expected float32, bfloat16 or float16 on CUDA, got ", dtype_name(tensor.scalar_type()));
   }
 }
 

@@ -27,13 +27,12 @@ struct Tile {
 struct Dtypes {
   ScalarType factors;
   ScalarType output;
-  // fp16 has no fast CPU GEMM in torch, and no mm takes 16-bit factors to an fp32 output: such tiles are computed in fp32.
+  // fp16 has no fast CPU GEMM in torch, and no mm takes 16-bit factors to an fp32 output: such tiles are computed in
+  // fp32.
   bool widened() const { return factors == ScalarType::Half || factors != output; }
 };
 
-int64_t size_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
+int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -105,8 +104,7 @@ void run_tile(const GemmProblem& problem, const Tile& tile, const Dtypes& dtypes
   if (problem.bias) {
     bias = as_tensor(problem.bias + tile.col * size_of(dtypes.factors), tile.cols, dtypes.factors);
   }
-  Tensor out =
-      as_tensor(block(problem.output, dtypes.output, tile.row, tile.rows, tile.col, tile.cols), dtypes.output);
+  Tensor out = as_tensor(block(problem.output, dtypes.output, tile.row, tile.rows, tile.col, tile.cols), dtypes.output);
   if (!dtypes.widened()) return call_mm(left, right, bias, out);
 
   left = torch::stable::to(left, ScalarType::Float);

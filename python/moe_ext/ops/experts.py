@@ -44,7 +44,10 @@ def expert_activation(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or name; the message names it.
     """
-    return _ops.expert_activation(pre_activation, activation, gate_up_layout, activation_alpha, activation_limit)
+    activated: Tensor = _ops.expert_activation(
+        pre_activation, activation, gate_up_layout, activation_alpha, activation_limit
+    )
+    return activated
 
 
 def moe_mlp(

@@ -40,7 +40,8 @@ def grouped_gemm(
             any strides are multiplied in place.
         expert_offsets: [num_experts + 1] int32, on the device of ``input``: rows ``expert_offsets[e] :
             expert_offsets[e + 1]`` belong to expert e. Counts as clamped to ``[0, num_rows]``; a group that would end
-            before it starts is empty.
+            before it starts is empty. Where offsets run backwards the rows concerned are unspecified; no offset makes
+            anything read or write out of bounds.
         weight_layout: ``"enk"`` or ``"ekn"``; never guessed from shapes.
         bias: [num_experts, out_features] in the dtype of ``input``, added before the activation.
         gather: ``(permuted_to_slot, slot_to_permuted, topk)`` of a routing plan, to read the rows where they lie: row m
@@ -107,9 +108,10 @@ def grouped_gemm_wgrad(
         RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
     """
     permuted_to_slot, slot_to_permuted, topk = gather or (None, None, 1)
-    return _ops.grouped_gemm_wgrad(
+    grad_weight: Tensor = _ops.grouped_gemm_wgrad(
         input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted, topk, out_dtype
     )
+    return grad_weight
 
 
 def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -127,7 +129,8 @@ def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype:
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    return _ops.grouped_bias_grad(grad_output, expert_offsets, out_dtype)
+    grad_bias: Tensor = _ops.grouped_bias_grad(grad_output, expert_offsets, out_dtype)
+    return grad_bias
 
 
 @torch.library.register_fake("moe_ext::grouped_gemm")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def grouped_gemm_wgrad(
     boundaries = group_boundaries(expert_offsets, rows.shape[0])
     dtype = out_dtype or input.dtype
     gradients = []
-    for begin, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for begin, end in pairwise(boundaries):
         x, grad = rows[begin:end].to(dtype), grad_output[begin:end].to(dtype)
         gradients.append(grad.t() @ x if weight_layout == "enk" else x.t() @ grad)
     return torch.stack(gradients)
@@ -65,7 +67,5 @@ def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype:
     """See :func:`moe_ext.grouped_bias_grad`."""
     boundaries = group_boundaries(expert_offsets, grad_output.shape[0])
     accumulate = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
-    sums = [
-        grad_output[begin:end].to(accumulate).sum(0) for begin, end in zip(boundaries[:-1], boundaries[1:], strict=True)
-    ]
+    sums = [grad_output[begin:end].to(accumulate).sum(0) for begin, end in pairwise(boundaries)]
     return torch.stack(sums).to(out_dtype or grad_output.dtype)
