@@ -71,7 +71,9 @@ def find_problems(
         problems.append(f"torch {torch[0]} is too old, 2.11 is needed. Run: pip install 'torch>=2.11'")
     if with_cuda:
         if not shutil.which(environment.get("CUDACXX") or "nvcc", path=path):
-            problems.append("nvcc not found. Install the CUDA toolkit and put nvcc on PATH, or build with MOE_EXT_CUDA=0")
+            problems.append(
+                "nvcc not found. Install the CUDA toolkit and put nvcc on PATH, or build with MOE_EXT_CUDA=0"
+            )
         if torch is not None and torch[1] is None:
             problems.append(
                 f"torch {torch[0]} has no CUDA. Install a CUDA build of torch, or build with MOE_EXT_CUDA=0"
