@@ -10,7 +10,7 @@ namespace moe_ext::cuda {
 
 constexpr int kGateWarps = 4;  // warps, and so rows, per block
 constexpr int kGateThreads = kGateWarps * kWarpSize;
-constexpr int64_t kMaxExpertsCuda = 4096;
+constexpr int64_t kMaxExpertsCuda = 1024;
 
 __device__ inline float warp_max(float value) {
 #pragma unroll
@@ -77,7 +77,6 @@ void dispatch_experts(int64_t num_experts, Body&& body) {
   if (num_experts <= 128) return body(std::integral_constant<int, 4>{});
   if (num_experts <= 256) return body(std::integral_constant<int, 8>{});
   if (num_experts <= 512) return body(std::integral_constant<int, 16>{});
-  if (num_experts <= 1024) return body(std::integral_constant<int, 32>{});
   return body(std::integral_constant<int, kMaxExpertsCuda / kWarpSize>{});
 }
 

@@ -1,0 +1,117 @@
+"""Runs the benchmark: ``python -m bench --help``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import (
+    bench_all_to_all,
+    bench_experts,
+    bench_gating,
+    bench_grouped_gemm,
+    bench_permutation,
+    bench_plan,
+    language_model,
+    machine,
+    report,
+)
+from .case import Context
+from .timing import Timer
+
+MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_all_to_all)
+TRAINING_STEPS = {"gpu": 300, "cpu": 300, "quick": 3}
+SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 3.0, "quick": 0.05}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_DTYPES = {"gpu": ["bfloat16"], "cpu": ["float32", "bfloat16"], "quick": ["float32"]}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="moe-bench", description="Times moe_ext's ops against their peers.")
+    parser.add_argument("--profile", choices=["cpu", "gpu", "quick"], help="default: gpu where there is one, else cpu")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops (names of csrc/schemas.cpp)")
+    parser.add_argument("--tables", default="A,B,C,D", help="only these tables: A layers, B products, C memory-bound, "
+                        "D decode (default: all)")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 and "
+                        "bfloat16 on a CPU")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
+    parser.add_argument("--markdown", type=Path, nargs="+", metavar="JSON", help="print result files as Markdown and end")
+    return parser.parse_args(arguments)
+
+
+def train_router(context: Context) -> dict[str, Any]:
+    """Trains the byte language model and leaves its routing in ``context.traces``."""
+    from rich.progress import track
+
+    steps, done = TRAINING_STEPS[context.profile], []
+    start = time.perf_counter()
+    for _ in track(
+        language_model.train_steps(steps, "kernels", context.device, 0, done), "training a router", total=steps
+    ):
+        pass
+    context.traces["ids"] = language_model.record_routing(done[0], 8192, context.device)
+    context.traces["num_experts"] = torch.tensor(language_model.NUM_EXPERTS)
+    return {"seconds": time.perf_counter() - start, "losses": done[0].losses}
+
+
+def run(options: argparse.Namespace) -> Path:
+    """All cases that the options ask for; returns the JSON file."""
+    from rich.progress import Progress
+
+    profile = options.profile or ("gpu" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if profile == "gpu" or (profile == "quick" and torch.cuda.is_available()) else "cpu"
+    tables = set(options.tables.split(","))
+    if not tables <= set(report.TABLES):
+        raise SystemExit(f"--tables: expected letters of A,B,C,D, got {options.tables}")
+    known = {op for module in MODULES for op in module.OPS}
+    if unknown := set(options.ops or ()) - known:
+        raise SystemExit(f"--ops: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    dtypes = [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES[profile]]
+    context = Context(device, profile, dtypes)
+    torch.manual_seed(0)
+    about = machine.describe(device)
+    training = train_router(context) if "A" in tables and not options.ops else None
+    timer = Timer(device, options.rounds, SECONDS_PER_CASE[profile])
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        for module in MODULES:
+            for case in module.cases(context):
+                if case.table not in tables or (options.ops and case.op not in options.ops):
+                    continue
+                progress.update(task, description=f"{case.op} {case.name} {case.direction}", advance=1)
+                differences = case.check_peers()
+                timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+                rows.append(report.make_row(case, timings, differences, about["copy_bytes_per_second"]))
+                del case
+                gc.collect()
+    name = about.get("gpu", "cpu").lower().replace(" ", "-")
+    path = options.out / f"{name}-{profile}-{''.join(sorted(tables)).lower()}.json"
+    extra = {"command": "python -m bench " + " ".join(sys.argv[1:]), "profile": profile, "training": training}
+    report.write_json(path, about, rows, extra)
+    report.print_tables(rows)
+    print(f"{len(rows)} rows in {path}")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.markdown:
+        print("\n".join(report.markdown(path) for path in options.markdown))
+        return
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        raise SystemExit("the benchmark prints with rich. Run: pip install 'moe_ext[bench]'") from None
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What one row of the benchmark is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .routing import make_topk_ids
+from .shapes import LayerShape
+
+# How far a peer's result may lie from ours, by dtype: it must compute the same thing to stand in the table.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@dataclass
+class Case:
+    """One measurement: ours against its peers on the same inputs.
+
+    ``ours`` and every peer take nothing and return a tensor or a tuple of tensors. ``flops`` and ``bytes`` are the least
+    work and memory traffic of the operation; ``ceilings`` are not peers but limits (a dense product of equal FLOPs, a
+    copy of equal bytes) and are not checked.
+    """
+
+    op: str
+    table: str
+    name: str
+    dtype: torch.dtype
+    routing: str
+    direction: str
+    ours: Callable[[], Any]
+    peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    ceilings: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    skipped_peers: dict[str, str] = field(default_factory=dict)
+    flops: float = 0.0
+    bytes: float = 0.0
+    tolerance: float | None = None
+
+    def check_peers(self) -> dict[str, float]:
+        """Relative difference of each peer's result from ours; raises if one computes something else."""
+        expected = _tensors(self.ours())
+        allowed = self.tolerance if self.tolerance is not None else TOLERANCE[self.dtype]
+        differences = {}
+        for name, peer in self.peers.items():
+            found = _tensors(peer())
+            if len(found) != len(expected):
+                raise AssertionError(f"{self.op} {self.name}: {name} returns {len(found)} tensors, ours {len(expected)}")
+            worst = max((_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+            if not worst <= allowed:
+                raise AssertionError(
+                    f"{self.op} {self.name} {self.direction}: {name} differs from ours by {worst:.3g}, "
+                    f"allowed {allowed:.3g}"
+                )
+            differences[name] = worst
+        return differences
+
+
+@dataclass
+class Context:
+    """What a bench module needs to know to make its cases."""
+
+    device: str
+    profile: str
+    dtypes: list[torch.dtype]
+    traces: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, *sizes: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return (torch.randn(*sizes, generator=generator, device=self.device, dtype=torch.float32) * scale).to(dtype)
+
+    def topk_ids(self, shape: LayerShape, routing: str) -> Tensor:
+        """Ids of a made-up routing, or, for "real", those that a trained router chose."""
+        if routing != "real":
+            return make_topk_ids(shape.num_tokens, shape.num_experts, shape.topk, routing, self.device)
+        trace = self.traces["ids"]
+        repeats = -(-shape.num_tokens // trace.shape[0])
+        return trace.repeat(repeats, 1)[: shape.num_tokens].to(self.device)
+
+
+Cases = Iterator[Case]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for item in result for x in _tensors(item)]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    scale = b.norm().item()
+    return (a - b).norm().item() / scale if scale else a.norm().item()

@@ -1,0 +1,63 @@
+"""What machine a result was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moe_ext
+
+from .timing import Timer
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout the benchmark runs from, with + where it has changes; None from a wheel."""
+    here = Path(__file__).resolve().parent
+    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Versions, processors, and the two ceilings measured now: copy bandwidth and dense matrix product."""
+    info: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "moe_ext": moe_ext.build_info(),
+        "commit": _commit(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        info["gpu"] = properties.name
+        info["gpu_memory_bytes"] = properties.total_memory
+        info["multiprocessors"] = properties.multi_processor_count
+        info["cuda"] = torch.version.cuda
+    info["copy_bytes_per_second"] = copy_bandwidth(device)
+    return info
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read plus bytes written per second by a large copy."""
+    size = 2**30 if device == "cuda" else 2**27
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = Timer(device, 15, 5.0).compare({"copy": lambda: target.copy_(source)})["copy"]
+    return 2 * size / timing.median

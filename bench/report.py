@@ -1,0 +1,117 @@
+"""Results as a table in the terminal, as JSON, and JSON as Markdown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+TABLES = {"A": "Layers", "B": "Grouped products", "C": "Memory-bound ops", "D": "Decode"}
+
+
+def time_text(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def make_row(case: Any, timings: dict[str, Any], differences: dict[str, float], copy_rate: float) -> dict[str, Any]:
+    """One JSON row: seconds of each contender, ratio to the best peer, and how much of each ceiling is reached."""
+    ours = timings["ours"].median
+    peers = {name: timings[name].median for name in case.peers}
+    best = min(peers, key=peers.__getitem__) if peers else None
+    return {
+        "op": case.op,
+        "table": case.table,
+        "shape": case.name,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "routing": case.routing,
+        "direction": case.direction,
+        "seconds": ours,
+        "best_seconds": timings["ours"].best,
+        "rounds": timings["ours"].rounds,
+        "peer_seconds": peers,
+        "peer_difference": differences,
+        "skipped_peers": case.skipped_peers,
+        "best_peer": best,
+        "speedup_over_best_peer": peers[best] / ours if best else None,
+        "ceiling_seconds": {name: timings[name].median for name in case.ceilings},
+        "percent_of_ceiling": {name: 100 * timings[name].median / ours for name in case.ceilings},
+        "flops_per_second": case.flops / ours if case.flops else None,
+        "percent_of_copy_bandwidth": 100 * case.bytes / ours / copy_rate if case.bytes else None,
+    }
+
+
+def ceiling_text(row: dict[str, Any]) -> str:
+    if row["table"] in ("C", "D") and row["percent_of_copy_bandwidth"]:
+        return f"{row['percent_of_copy_bandwidth']:.0f}% of copy"
+    for name, percent in row["percent_of_ceiling"].items():
+        return f"{percent:.0f}% of {name}"
+    return ""
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """One rich table for each of A to D."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for key, title in TABLES.items():
+        mine = [row for row in rows if row["table"] == key]
+        if not mine:
+            continue
+        table = Table(title=f"{key}: {title}")
+        for column in ("op", "shape", "dtype", "routing", "direction"):
+            table.add_column(column)
+        for column in ("moe_ext", "best peer", "peer is", "speedup", "ceiling"):
+            table.add_column(column, justify="right")
+        for row in mine:
+            speedup = row["speedup_over_best_peer"]
+            table.add_row(
+                row["op"], row["shape"], row["dtype"], row["routing"], row["direction"], time_text(row["seconds"]),
+                time_text(row["peer_seconds"][row["best_peer"]]) if row["best_peer"] else "-", row["best_peer"] or "-",
+                f"{speedup:.2f}x" if speedup else "-", ceiling_text(row),
+            )  # fmt: skip
+        console.print(table)
+
+
+def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], extra: dict[str, Any]) -> None:
+    """The result file: ``schema_version``, ``machine``, ``command``, ``rows``, ``training``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"schema_version": SCHEMA_VERSION, "machine": machine, **extra, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def markdown(path: Path) -> str:
+    """A result file as Markdown tables."""
+    result = json.loads(path.read_text())
+    machine = result["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    lines = [f"## {path.name}", "", f"{where}; torch {machine['torch']}; commit {machine['commit']}; "
+             f"copy {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s; `{result['command']}`", ""]  # fmt: skip
+    if training := result.get("training"):
+        losses = training["losses"]
+        lines += [
+            f"Byte language model: {len(losses)} steps, loss {losses[0]:.2f} to {losses[-1]:.2f} nats per byte, "
+            f"{training['seconds']:.0f} s.",
+            "",
+        ]
+    for key, title in TABLES.items():
+        mine = [row for row in result["rows"] if row["table"] == key]
+        if not mine:
+            continue
+        lines += [f"### {key}: {title}", "", "| op | shape | dtype | routing | direction | moe_ext | best peer | speedup | ceiling |",
+                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in mine:
+            best = row["best_peer"]
+            peer = f"{time_text(row['peer_seconds'][best])} ({best})" if best else "-"
+            speedup = f"{row['speedup_over_best_peer']:.2f}x" if best else "-"
+            lines.append(
+                f"| {row['op']} | {row['shape']} | {row['dtype']} | {row['routing']} | {row['direction']} "
+                f"| {time_text(row['seconds'])} | {peer} | {speedup} | {ceiling_text(row)} |"
+            )
+        lines.append("")
+    return "\n".join(lines)

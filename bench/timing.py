@@ -1,0 +1,90 @@
+"""Medians of interleaved rounds: every contender once per round, so that a slow moment of the machine hits all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+FLUSH_BYTES = 256 * 1024 * 1024  # more than any L2, so that a run starts from device memory
+MIN_ROUND_SECONDS = 2e-3  # shorter bodies are repeated inside a round on the CPU
+
+
+class Timing(NamedTuple):
+    """Seconds per call."""
+
+    median: float
+    best: float
+    rounds: int
+
+
+class Timer:
+    """Times contenders on one device.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        rounds: at most this many rounds.
+        seconds: no further round starts once a contender set has taken this long.
+    """
+
+    def __init__(self, device: str, rounds: int, seconds: float) -> None:
+        self.device, self.rounds, self.seconds = device, rounds, seconds
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
+
+    def compare(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
+        repeats = {name: self._warm_up(run) for name, run in contenders.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        start = time.perf_counter()
+        for done in range(self.rounds):
+            if done >= 3 and time.perf_counter() - start > self.seconds:
+                break
+            for name, run in contenders.items():
+                seconds[name].append(self._once(run, repeats[name]))
+        return {name: Timing(statistics.median(s), min(s), len(s)) for name, s in seconds.items()}
+
+    def _warm_up(self, run: Callable[[], Any]) -> int:
+        run()
+        if self.device == "cuda":
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+            return 1
+        start = time.perf_counter()
+        run()
+        taken = time.perf_counter() - start
+        return max(1, min(1000, int(MIN_ROUND_SECONDS / max(taken, 1e-7))))
+
+    def _once(self, run: Callable[[], Any], repeats: int) -> float:
+        if self.flush is None:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            return (time.perf_counter() - start) / repeats
+        self.flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` captured once as a CUDA graph; for cases whose launches would be most of the time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
