@@ -42,7 +42,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         "bfloat16 on a CPU")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
-    parser.add_argument("--markdown", type=Path, nargs="+", metavar="JSON", help="print result files as Markdown and end")
+    parser.add_argument(
+        "--markdown", type=Path, nargs="+", metavar="JSON", help="print result files as Markdown and end"
+    )
     return parser.parse_args(arguments)
 
 

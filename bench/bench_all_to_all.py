@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import moe_ext
 import torch
 from torch import Tensor
-
-import moe_ext
 
 from .case import Case, Cases, Context
 from .shapes import DEEPSEEK_V3, OLMOE, TINY_LAYERS, LayerShape
@@ -73,7 +72,8 @@ def rank_cases(context: Context, shape: LayerShape, dtype: torch.dtype) -> Cases
     yield make("a2a_pack", "forward", lambda: moe_ext.a2a_pack(hidden, ids, weights, plan)[0],
                {"index_select": lambda: eager_pack(hidden)}, float(row_bytes * (sent + shape.num_tokens)))  # fmt: skip
     yield make("a2a_combine", "forward", lambda: moe_ext.a2a_combine(packed[0], plan),
-               {"index_add": lambda: eager_combine(packed[0])}, float(row_bytes * (sent + shape.num_tokens)))  # fmt: skip
+               {"index_add": lambda: eager_combine(packed[0])},
+               float(row_bytes * (sent + shape.num_tokens)))  # fmt: skip
     yield make("a2a_unpack", "forward", lambda: moe_ext.a2a_unpack(received, received_ids, num_local)[0],
                {"torch argsort": eager_unpack}, float(row_bytes * (sent + sent * shape.topk)))  # fmt: skip
 

@@ -20,8 +20,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 class Case:
     """One measurement: ours against its peers on the same inputs.
 
-    ``ours`` and every peer take nothing and return a tensor or a tuple of tensors. ``flops`` and ``bytes`` are the least
-    work and memory traffic of the operation; ``ceilings`` are not peers but limits (a dense product of equal FLOPs, a
+    ``ours`` and every peer take nothing and return a tensor or a tuple of tensors. ``flops`` and ``bytes`` are the
+    least work and memory traffic of the operation; ``ceilings`` are not peers but limits (a dense product of equal FLOPs, a
     copy of equal bytes) and are not checked.
     """
 
@@ -47,7 +47,9 @@ class Case:
         for name, peer in self.peers.items():
             found = _tensors(peer())
             if len(found) != len(expected):
-                raise AssertionError(f"{self.op} {self.name}: {name} returns {len(found)} tensors, ours {len(expected)}")
+                raise AssertionError(
+                    f"{self.op} {self.name}: {name} returns {len(found)} tensors, ours {len(expected)}"
+                )
             worst = max((_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
             if not worst <= allowed:
                 raise AssertionError(

@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import moe_ext
+import torch
 
 from .timing import Timer
 

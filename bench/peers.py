@@ -11,9 +11,7 @@ from torch.nn import functional as F
 LayerForward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def grouped_mm_layer(
-    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
+def grouped_mm_layer(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """The pipeline that people write around ``torch.nn.functional.grouped_mm``."""
     num_tokens, topk = topk_ids.shape
     flat = topk_ids.flatten()
@@ -44,7 +42,10 @@ def transformers_layers(gate_up: Tensor, down: Tensor) -> dict[str, LayerForward
     layers = {}
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         config = OlmoeConfig(
-            hidden_size=hidden_size, intermediate_size=intermediate_size, num_local_experts=num_experts, hidden_act="silu"
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_local_experts=num_experts,
+            hidden_act="silu",
         )
         config.num_local_experts = num_experts
         config._experts_implementation = implementation

@@ -103,7 +103,8 @@ def markdown(path: Path) -> str:
         mine = [row for row in result["rows"] if row["table"] == key]
         if not mine:
             continue
-        lines += [f"### {key}: {title}", "", "| op | shape | dtype | routing | direction | moe_ext | best peer | speedup | ceiling |",
+        lines += [f"### {key}: {title}", "",
+                  "| op | shape | dtype | routing | direction | moe_ext | best peer | speedup | ceiling |",
                   "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in mine:
             best = row["best_peer"]

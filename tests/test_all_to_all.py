@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import comb
 
 import moe_ext
@@ -139,7 +140,7 @@ def expert_parallel_layer(hidden, ids, weights, experts, offsets) -> tuple[list[
         num_local = max(1, bounds[rank + 1] - bounds[rank])
         permuted, plan = moe_ext.a2a_unpack(rows, local_ids, num_local)
         starts = plan.expert_offsets.tolist()
-        parts = [permuted[a:b] @ experts[bounds[rank] + e] for e, (a, b) in enumerate(zip(starts, starts[1:]))
+        parts = [permuted[a:b] @ experts[bounds[rank] + e] for e, (a, b) in enumerate(itertools.pairwise(starts))
                  if bounds[rank] + e < bounds[rank + 1]]  # fmt: skip
         computed = torch.cat([*parts, permuted[starts[-1] :]])
         maps = (plan.permuted_to_slot, plan.slot_to_permuted, local_ids.shape[1])

@@ -57,7 +57,9 @@ def test_a_peer_that_computes_something_else_is_refused():
         case.check_peers()
 
 
-@pytest.mark.parametrize("arguments, message", [(["--tables", "X"], "--tables"), (["--ops", "nope"], "--ops: unknown nope")])
+@pytest.mark.parametrize(
+    "arguments, message", [(["--tables", "X"], "--tables"), (["--ops", "nope"], "--ops: unknown nope")]
+)
 def test_bad_options(arguments, message):
     with pytest.raises(SystemExit, match=message):
         bench.run(bench.parse(["--profile", "quick", *arguments]))

@@ -29,10 +29,10 @@ def load() -> None:
             f"{library} is missing: the package was not built. Run `pip install .` or `pip install -e .` "
             "in the source checkout."
         )
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     cuda_library = PACKAGE / "libmoe_ext_cuda.so"
     if torch.version.cuda is not None and cuda_library.exists() and library.parent == PACKAGE:
-        torch.ops.load_library(str(cuda_library))
+        torch.ops.load_library(str(cuda_library))  # type: ignore[no-untyped-call]
 
 
 def build_info() -> dict[str, Any]:

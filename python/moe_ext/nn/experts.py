@@ -64,7 +64,7 @@ class Experts(BackendModule):
                 nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, hidden: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
-        """hidden [num_tokens, hidden_size] -> [num_tokens, hidden_size], each token's experts summed with its weights."""
+        """hidden [num_tokens, hidden_size] -> [num_tokens, hidden_size], experts summed with the weights."""
         output: Tensor = self.ops.moe_mlp(
             hidden,
             self.gate_up_weight,

@@ -34,7 +34,7 @@ def a2a_plan(topk_ids: Tensor, rank_expert_offsets: Tensor) -> A2APlan:
     Args:
         topk_ids: [num_tokens, topk] int32 or int64, global expert ids; an id that no rank owns sends nothing.
         rank_expert_offsets: [num_ranks + 1] int32 on the same device, not decreasing: rank r owns experts
-            ``rank_expert_offsets[r] : rank_expert_offsets[r + 1]``. Ranks may own different numbers of experts, or none.
+            ``rank_expert_offsets[r] : rank_expert_offsets[r + 1]``. Ranks may own unequal numbers of experts, or none.
 
     Returns:
         An :class:`A2APlan`. The number of its send rows S = num_tokens * min(topk, num_ranks) is a static bound; rows
@@ -43,8 +43,9 @@ def a2a_plan(topk_ids: Tensor, rank_expert_offsets: Tensor) -> A2APlan:
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    fields = _ops.a2a_plan(topk_ids, rank_expert_offsets)
-    return A2APlan(*fields, rank_expert_offsets, min(topk_ids.shape[1], rank_expert_offsets.shape[0] - 1))
+    counts, offsets, send_to_slot, slot_to_send = _ops.a2a_plan(topk_ids, rank_expert_offsets)
+    slots_per_token = min(topk_ids.shape[1], rank_expert_offsets.shape[0] - 1)
+    return A2APlan(counts, offsets, send_to_slot, slot_to_send, rank_expert_offsets, slots_per_token)
 
 
 def a2a_pack(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, plan: A2APlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +107,8 @@ def a2a_combine(recv_rows: Tensor, plan: A2APlan) -> Tensor:
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    return _ops.a2a_combine(recv_rows, plan.send_to_slot, plan.slot_to_send, plan.slots_per_token)
+    combined: Tensor = _ops.a2a_combine(recv_rows, plan.send_to_slot, plan.slot_to_send, plan.slots_per_token)
+    return combined
 
 
 @torch.library.register_fake("moe_ext::a2a_plan")
@@ -180,7 +182,8 @@ def _a2a_unpack_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _a2a_unpack_backward(ctx: Any, grad_rows: Tensor, *_: None) -> tuple[Tensor, None, None, None]:
-    return unpermute(grad_rows, *ctx.saved_tensors, ctx.topk), None, None, None
+    permuted_to_slot, slot_to_permuted = ctx.saved_tensors
+    return unpermute(grad_rows, permuted_to_slot, slot_to_permuted, ctx.topk), None, None, None
 
 
 def _a2a_combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +192,8 @@ def _a2a_combine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _a2a_combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return permute(grad, *ctx.saved_tensors, ctx.slots_per_token), None, None, None
+    send_to_slot, slot_to_send = ctx.saved_tensors
+    return permute(grad, send_to_slot, slot_to_send, ctx.slots_per_token), None, None, None
 
 
 torch.library.register_autograd("moe_ext::a2a_pack", _a2a_pack_backward, setup_context=_a2a_pack_setup)

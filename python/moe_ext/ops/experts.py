@@ -68,7 +68,7 @@ def moe_mlp(
     """Run every token through its experts: gather, up projection, activation, down projection, weighted sum.
 
     For the backward only ``input`` and the pre-activation [num_rows, gate and up columns] are kept: the gradient of a
-    router weight is taken as ``<dO W2, activation>``, so that neither the expert outputs nor gathered copies of rows are
+    router weight is taken as ``<dO W2, activation>``, so that neither expert outputs nor gathered copies of rows are
     stored (SonicMoE).
 
     Args:

@@ -32,7 +32,8 @@ def permute(input: Tensor, permuted_to_slot: Tensor, slot_to_permuted: Tensor, t
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    return _ops.permute(input, permuted_to_slot, slot_to_permuted, topk)
+    permuted: Tensor = _ops.permute(input, permuted_to_slot, slot_to_permuted, topk)
+    return permuted
 
 
 def unpermute(
@@ -59,7 +60,8 @@ def unpermute(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    return _ops.unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk)
+    summed: Tensor = _ops.unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk)
+    return summed
 
 
 @torch.library.register_fake("moe_ext::permute")
@@ -89,7 +91,8 @@ def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return unpermute(grad, *ctx.saved_tensors, ctx.topk), None, None, None
+    permuted_to_slot, slot_to_permuted = ctx.saved_tensors
+    return unpermute(grad, permuted_to_slot, slot_to_permuted, ctx.topk), None, None, None
 
 
 def _unpermute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -37,7 +37,7 @@ def activate(
     else:
         gate, up = pre_activation.chunk(2, dim=1)
     if activation == "swiglu_clamped":
-        # Not torch.clamp: whether a gradient passes at the limit itself depends on the version of torch. Here none does.
+        # Not torch.clamp: whether a gradient passes at the limit itself depends on torch's version. Here none does.
         gate = torch.where(gate >= activation_limit, activation_limit, gate)
         up = torch.where(up >= activation_limit, activation_limit, up)
         up = torch.where(up <= -activation_limit, -activation_limit, up)

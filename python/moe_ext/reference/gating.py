@@ -82,10 +82,7 @@ def topk_gating(
         ids = _descending(logits if selection_bias is None else keys, candidates)[:, :topk]
         here = candidates.gather(1, ids)
 
-    if over_selected:
-        weights = _softmax_over(logits.gather(1, ids), here)
-    else:
-        weights = scores.gather(1, ids)
+    weights = _softmax_over(logits.gather(1, ids), here) if over_selected else scores.gather(1, ids)
     weights = torch.where(here, weights, torch.zeros_like(weights))
     if renormalize:
         total = weights.sum(-1, keepdim=True) + renormalize_eps
@@ -125,7 +122,7 @@ def expert_choice_gating(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`moe_ext.expert_choice_gating`."""
     logits = _gate_precision(logits)
-    num_tokens, num_experts = logits.shape
+    num_experts = logits.shape[1]
     everyone = torch.ones_like(logits, dtype=torch.bool)
     scores = _scores(logits, score_function, everyone)
     tokens = _descending(scores.detach().T, everyone.T)[:, :capacity]
