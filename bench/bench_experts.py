@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import moe_ext
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+import moe_ext
 
 from . import peers
 from .case import Case, Cases, Context

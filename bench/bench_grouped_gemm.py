@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import moe_ext
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+import moe_ext
 
 from .case import Case, Cases, Context
 from .shapes import CPU_GEMMS, GPU_GEMMS, GPU_LAYERS

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import moe_ext
 import torch
 from torch import Tensor
+
+import moe_ext
 
 from .case import Case, Cases, Context
 from .shapes import DEEPSEEK_V3, OLMOE, TINY_LAYERS, LayerShape

@@ -21,8 +21,8 @@ class Case:
     """One measurement: ours against its peers on the same inputs.
 
     ``ours`` and every peer take nothing and return a tensor or a tuple of tensors. ``flops`` and ``bytes`` are the
-    least work and memory traffic of the operation; ``ceilings`` are not peers but limits (a dense product of equal FLOPs, a
-    copy of equal bytes) and are not checked.
+    least work and memory traffic of the operation; ``ceilings`` are not peers but limits (a dense product of equal
+    FLOPs, a copy of equal bytes) and are not checked.
     """
 
     op: str

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from moe_ext.nn import MoELayer
-from moe_ext.nn.backend import Backend
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moe_ext.nn import MoELayer
+from moe_ext.nn.backend import Backend
 
 NUM_LAYERS, WIDTH, HEADS, CONTEXT = 2, 128, 4, 128
 NUM_EXPERTS, TOPK = 16, 2

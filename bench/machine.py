@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import moe_ext
 import torch
+
+import moe_ext
 
 from .timing import Timer
 

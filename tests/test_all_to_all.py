@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from math import comb
 
-import moe_ext
 import pytest
 import torch
+from torch import Tensor
+
+import moe_ext
 from cases import DTYPES, ROUTINGS, make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from compare import assert_deterministic, assert_matches_reference, relative_error
 from moe_ext import A2APlan, reference
-from torch import Tensor
 
 # (num_tokens, num_experts, topk, rank_expert_offsets): even, uneven, ranks without experts, one rank, no tokens.
 WORLDS = [

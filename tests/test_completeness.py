@@ -8,9 +8,10 @@ import inspect
 import re
 from pathlib import Path
 
-import moe_ext
 import pytest
 import torch
+
+import moe_ext
 from moe_ext import reference
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 
-import moe_ext
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import moe_ext
 from cases import DTYPES, ROUTINGS, SHAPES, make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from compare import assert_deterministic, assert_matches_reference
 from moe_ext import reference
 from moe_ext.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
-from torch import Tensor
 
 LAYOUTS = ["enk", "ekn"]
 GATE_UP_LAYOUTS = ["concatenated", "interleaved"]

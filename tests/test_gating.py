@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-import moe_ext
 import pytest
 import torch
+from torch import Tensor
+
+import moe_ext
 from cases import DTYPES, make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from compare import assert_deterministic, assert_matches_reference
 from moe_ext import reference
-from torch import Tensor
 
 SCORE_FUNCTIONS = ["softmax", "sigmoid", "sqrt_softplus", "identity"]
 SCORE_ORDERS = ["score_then_select", "select_then_score"]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-import moe_ext
 import pytest
 import torch
+from torch import Tensor
+
+import moe_ext
 from cases import DTYPES, ROUTINGS, SHAPES, make_rows, make_topk_ids, non_contiguous
 from compare import assert_deterministic, assert_matches_reference, relative_error
 from moe_ext import reference
 from moe_ext.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
-from torch import Tensor
 
 LAYOUTS = ["enk", "ekn"]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import moe_ext
 import pytest
 import torch
+from torch.nn import functional as F
+
+import moe_ext
 from cases import make_rows
 from compare import relative_error
 from moe_ext.nn import Experts, MoELayer, TopKRouter
-from torch.nn import functional as F
 
 CONFIGURATIONS = [
     {},

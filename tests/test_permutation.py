@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import moe_ext
 import pytest
 import torch
+from torch import Tensor
+
+import moe_ext
 from cases import DTYPES, ROUTINGS, SHAPES, make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from compare import assert_deterministic, assert_matches_reference
 from moe_ext import reference
-from torch import Tensor
 
 
 def make_plan(shape: tuple[int, ...], routing: str, device: str, row_alignment: int = 1) -> tuple[Tensor, Tensor]:

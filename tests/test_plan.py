@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import moe_ext
 import pytest
 import torch
+from torch import Tensor
+
+import moe_ext
 from cases import ROUTINGS, SHAPES, make_rows, make_topk_ids, make_topk_weights
 from moe_ext import RoutingPlan, reference
-from torch import Tensor
 
 # Enough slots for several chunks and blocks; experts not a power of two; more experts than slots.
 LARGE = [(6000, 7, 8), (4096, 384, 8), (3, 1024, 4), (70000, 3, 1), (513, 64, 6)]

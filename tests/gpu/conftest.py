@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import moe_ext
 import pytest
 import torch
+
+import moe_ext
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import moe_ext
 import pytest
 import torch
+from torch import Tensor
+
+import moe_ext
 from cases import ROUTINGS, make_rows, make_topk_ids, make_topk_weights
 from compare import relative_error
 from moe_ext import reference
-from torch import Tensor
 
 NUM_TOKENS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOPK = 96, 64, 48, 12, 4
 
