@@ -52,4 +52,4 @@ wheel: venv  ## dist/*.whl for the Python of .venv; MOE_EXT_CUDA=1 needs nvcc, n
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## what a build leaves, not .venv
-	rm -rf build dist python/*.egg-info python/moe_ext/*.so
+	rm -rf build dist *.egg-info python/*.egg-info python/moe_ext/*.so

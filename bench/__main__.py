@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.markdown:
-        print("\n".join(report.markdown(path) for path in options.markdown))
+        print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.markdown))
         return
     try:
         import rich  # noqa: F401
