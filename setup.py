@@ -53,8 +53,9 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """For editable installs: setuptools would copy the pybind11 module only."""
-        built = Path(self.get_ext_fullpath("moe_ext._host")).resolve()
-        self.copy_libraries(built.parent, ROOT / "python" / "moe_ext" / built.name)
+        # By now get_ext_fullpath names the source folder; what was built lies in build_lib.
+        module = Path(self.get_ext_filename("moe_ext._host"))
+        self.copy_libraries(Path(self.build_lib).resolve() / "moe_ext", ROOT / "python" / module)
 
 
 setup(ext_modules=[Extension("moe_ext._host", sources=[])], cmdclass={"build_ext": CMakeBuild})
