@@ -46,7 +46,7 @@ class Timer:
         return {name: Timing(statistics.median(s), min(s), len(s)) for name, s in seconds.items()}
 
     def _warm_up(self, run: Callable[[], Any]) -> int:
-        run()
+        # The first call was the comparison with the peers.
         if self.device == "cuda":
             for _ in range(3):
                 run()
