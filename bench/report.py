@@ -11,8 +11,8 @@ SCHEMA_VERSION = 1
 PREAMBLE = """# Results
 
 Written by `python -m bench --markdown bench/results/*.json`. Each file holds the machine, the versions, every peer's
-time, and what was skipped and why. Times are medians of interleaved rounds; speedup is the best peer's time over ours, so
-above 1 is faster; every peer's result was compared with ours before it was timed. No GPU has been measured yet.
+time, and what was skipped and why. Times are medians of interleaved rounds; speedup is the best peer's time over ours,
+so above 1 is faster; every peer's result was compared with ours before it was timed. No GPU has been measured yet.
 
 """
 TABLES = {"A": "Layers", "B": "Grouped products", "C": "Memory-bound ops", "D": "Decode"}
