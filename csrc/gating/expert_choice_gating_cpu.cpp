@@ -57,7 +57,8 @@ struct Threshold {
 };
 
 // The wanted-th largest of the keys and the last of the tokens tied with it that the choice still admits. Radix select
-// from the top digit down; `candidates` is scratch and loses, digit by digit, what the threshold is known to differ from.
+// from the top digit down; `candidates` is scratch and loses, digit by digit, what the threshold is known to differ
+// from.
 template <typename key_t>
 Threshold<key_t> find_threshold(const std::vector<key_t>& keys, int64_t wanted, std::vector<key_t>& candidates) {
   candidates = keys;
@@ -104,8 +105,7 @@ MOE_CPU_CLONES void keep_chosen(const Threshold<ordered_key_t<acc_t>>* threshold
                                 acc_t* weights, int32_t* ids) {
   for (int64_t e = 0; e < num_experts; ++e) {
     const auto key = key_of(weights[e]);
-    const bool chosen =
-        key > thresholds[e].key || (key == thresholds[e].key && token <= thresholds[e].last_tied_token);
+    const bool chosen = key > thresholds[e].key || (key == thresholds[e].key && token <= thresholds[e].last_tied_token);
     weights[e] = chosen ? weights[e] : acc_t(0);
     ids[e] = chosen ? static_cast<int32_t>(e) : -1;
   }

@@ -45,7 +45,7 @@ def topk_gating(
     DeepSeek-V2 and V3 (sigmoid, ``selection_bias`` without auxiliary loss, groups, ``scale``).
 
     Args:
-        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU); up to 1024 experts on CUDA.
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU).
         topk: experts per token, 1 to num_experts; up to 128 on CUDA.
         score_function: softmax over all allowed experts, or sigmoid, sqrt(softplus(x)), or the logit itself.
         score_order: ``score_then_select`` picks by the (biased) score. ``select_then_score`` picks by the (biased) raw
@@ -118,7 +118,7 @@ def expert_choice_gating(
     """Let every expert pick its best tokens (Expert Choice, Zhou et al. 2022).
 
     Args:
-        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU); up to 1024 experts on CUDA.
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU).
         capacity: tokens per expert, at least 0; more than num_tokens picks all.
         score_function: as in :func:`topk_gating`; the softmax runs over the experts.
 

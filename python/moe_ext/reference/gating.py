@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus", "identity"]
 ScoreOrder = Literal["score_then_select", "select_then_score"]
@@ -31,7 +30,8 @@ def _scores(logits: Tensor, score_function: ScoreFunction, allowed: Tensor) -> T
     if score_function == "sigmoid":
         return torch.sigmoid(logits)
     if score_function == "sqrt_softplus":
-        return F.softplus(logits, threshold=1e9).sqrt()
+        # softplus(x) = log(e^x + e^0): exact in float64, and without overflow.
+        return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
     return logits
 
 
