@@ -318,6 +318,19 @@ def test_expert_choice_ties_and_nan(device):
     assert ids.tolist() == [[0, 1], [0, 1], [0, 1], [-1, -1]]
 
 
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_scores_far_below_the_others_are_zero(score_function, device):
+    """Exactly 0, not the smallest value of an exp that stops early: a sum over such scores must not count."""
+    logits = make_rows(20, 24, dtype=torch.float32, device=device)
+    nothing = torch.arange(24, device=device) % 5 == 2
+    logits[:, nothing] = torch.tensor([-INF, -400.0, -130.0, -INF, -INF], device=device)
+    logits.requires_grad_()
+    weights, _ = moe_ext.expert_choice_gating(logits, 20, score_function=score_function)
+    assert torch.equal(weights == 0, nothing.expand_as(weights))
+    (grad,) = torch.autograd.grad(weights.square().sum(), logits)
+    assert torch.equal(grad == 0, nothing.expand_as(grad))
+
+
 @pytest.mark.parametrize("capacity", [1, 37, 599, 600])
 def test_expert_choice_many_ties(capacity, device):
     """Far more ties than the choice admits: the earlier tokens win, above them everything better."""
