@@ -15,8 +15,18 @@ from moe_ext import reference
 
 SCORE_FUNCTIONS = ["softmax", "sigmoid", "sqrt_softplus", "identity"]
 SCORE_ORDERS = ["score_then_select", "select_then_score"]
-# (num_tokens, num_experts, topk): every register count of the CUDA kernels, E not a power of two, no tokens.
-SHAPES = [(0, 4, 2), (3, 1, 1), (17, 7, 7), (33, 60, 6), (20, 128, 8), (9, 256, 8), (5, 384, 40), (3, 1024, 8)]
+# (num_tokens, num_experts, topk): every register count of the CUDA kernels and beyond, E not a power of two, no tokens.
+SHAPES = [
+    (0, 4, 2),
+    (3, 1, 1),
+    (17, 7, 7),
+    (33, 60, 6),
+    (20, 128, 8),
+    (9, 256, 8),
+    (5, 384, 40),
+    (3, 1024, 8),
+    (6, 1500, 33),
+]
 
 
 def make_logits(num_tokens: int, num_experts: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -55,12 +65,13 @@ def test_topk_gating(shape, score_function, score_order, dtype, device):
         assert_deterministic(op, (logits,), [grad])
 
 
+@pytest.mark.parametrize("score_order", SCORE_ORDERS)
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
-@pytest.mark.parametrize("shape", [(40, 64, 6), (7, 256, 8), (5, 48, 3)])
+@pytest.mark.parametrize("shape", [(40, 64, 6), (7, 256, 8), (5, 48, 3), (3, 1104, 8)])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("mask", [None, "per_expert", "per_token"])
 @pytest.mark.parametrize("groups", [(1, 1), (8, 4), (4, 1)])
-def test_bias_mask_and_groups(shape, score_function, biased, mask, groups, device):
+def test_bias_mask_and_groups(shape, score_function, score_order, biased, mask, groups, device):
     num_tokens, num_experts, topk = shape
     logits = make_logits(num_tokens, num_experts, torch.float32, device)
     generator = torch.Generator().manual_seed(5)
@@ -69,8 +80,8 @@ def test_bias_mask_and_groups(shape, score_function, biased, mask, groups, devic
         size = (num_experts,) if mask == "per_expert" else (num_tokens, num_experts)
         expert_mask = (torch.rand(size, generator=generator) < 0.3).to(device)
     bias = torch.linspace(-1, 1, num_experts, device=device).flip(0) * 0.37 if biased else None
-    options = dict(score_function=score_function, num_groups=groups[0], topk_groups=groups[1], renormalize=True,
-                   renormalize_eps=1e-3, expert_mask=expert_mask)  # fmt: skip
+    options = dict(score_function=score_function, score_order=score_order, num_groups=groups[0], topk_groups=groups[1],
+                   renormalize=True, renormalize_eps=1e-3, expert_mask=expert_mask)  # fmt: skip
     if score_function == "identity":
         logits = logits.abs() + 0.25
 
@@ -130,24 +141,77 @@ def test_deepseek_v3_gate(device):
     torch.testing.assert_close(weights.gather(1, mine), expected.gather(1, order))
 
 
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_bias_is_added_to_what_is_selected_by(score_function, device):
+    """To the score, or to the raw logit with select_then_score; never to the weight. The two choose differently here."""
+    logits = torch.tensor([[4.0, 3.0, 2.9, -1.0]], device=device)
+    bias = torch.tensor([-1.2, 0.0, 0.0, 0.3], device=device)
+    scores = {
+        "softmax": logits.softmax(-1),
+        "sigmoid": logits.sigmoid(),
+        "sqrt_softplus": torch.nn.functional.softplus(logits).sqrt(),
+        "identity": logits,
+    }[score_function]
+    for score_order, values in (("score_then_select", scores), ("select_then_score", logits)):
+        ids = (values + bias).topk(2).indices
+        expected = scores.gather(1, ids)
+        if score_function == "softmax" and score_order == "select_then_score":
+            expected = logits.gather(1, ids).softmax(-1)
+        weights, ours = moe_ext.topk_gating(
+            logits, 2, score_function=score_function, score_order=score_order, selection_bias=bias
+        )
+        assert torch.equal(ours.long(), ids)
+        torch.testing.assert_close(weights, expected)
+
+
+def test_no_gradient_to_the_bias(device):
+    logits = make_logits(4, 8, torch.float32, device).requires_grad_()
+    bias = torch.zeros(8, device=device, requires_grad=True)
+    weights, _ = moe_ext.topk_gating(logits, 2, selection_bias=bias)
+    weights.sum().backward()
+    assert bias.grad is None and logits.grad is not None
+
+
 def test_ties_go_to_the_lower_id(device):
     logits = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0], [0.0, -0.0, 0.0, -0.0, 0.0]], device=device)
     _, ids = moe_ext.topk_gating(logits, 4)
     assert ids.tolist() == [[1, 2, 4, 0], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
-def test_nan_and_infinite_logits(score_function, device):
-    nan, inf = float("nan"), float("inf")
-    logits = torch.tensor(
-        [[nan, 1.0, 0.5, nan], [nan] * 4, [-inf, nan, 2.0, 1.0], [-inf, -inf, 0.0, -inf]], device=device
-    )
-    weights, ids = moe_ext.topk_gating(logits, 3, score_function=score_function)
-    assert ids.tolist() == [[1, 2, 0], [0, 1, 2], [2, 3, 0], [2, 0, 1]]
-    assert weights.isnan().tolist() == [[False, False, True], [True] * 3, [False] * 3, [False] * 3]
-    expected, same = reference.topk_gating(logits, 3, score_function=score_function)
-    assert torch.equal(same.to(ids.device), ids)
+NAN, INF = float("nan"), float("inf")
+# Logits of one token -> the three experts of the choice.
+SPECIAL_ROWS = [
+    ([NAN, 1.0, 0.5, NAN], [1, 2, 0]),
+    ([NAN, NAN, NAN, NAN], [0, 1, 2]),
+    ([-INF, NAN, 2.0, 1.0], [2, 3, 0]),
+    ([-INF, -INF, 0.0, -INF], [2, 0, 1]),
+    ([-INF, -INF, -INF, -INF], [0, 1, 2]),
+    ([0.0, INF, 1.0, NAN], [1, 2, 0]),
+    ([INF, -INF, INF, 200.0], [0, 2, 3]),
+    ([-120.0, 0.0, 120.0, -300.0], [2, 1, 0]),
+]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("score_order", SCORE_ORDERS)
+@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
+def test_nan_and_infinite_logits(score_function, score_order, renormalize, biased, device):
+    logits = torch.tensor([row for row, _ in SPECIAL_ROWS], device=device)
+    options = dict(score_function=score_function, score_order=score_order, renormalize=renormalize)
+    # A bias of zeros takes the other way through the kernels; scores that are equal then tie.
+    bias = torch.zeros(4, device=device) if biased else None
+    weights, ids = moe_ext.topk_gating(logits, 3, selection_bias=bias, **options)
+    expected, same = reference.topk_gating(logits, 3, selection_bias=bias, **options)
+    assert torch.equal(same, ids)
     torch.testing.assert_close(weights, expected, equal_nan=True)
+    if not biased:
+        assert ids.tolist() == [choice for _, choice in SPECIAL_ROWS]
+    if not renormalize:
+        chosen_nan = logits.gather(1, ids.long()).isnan()
+        by_softmax = score_function == "softmax"
+        undefined = torch.tensor([by_softmax and (INF in row or row == [-INF] * 4) for row, _ in SPECIAL_ROWS])
+        assert torch.equal(weights.isnan(), chosen_nan | undefined.to(device)[:, None])
 
 
 def test_too_few_allowed(device):
@@ -185,6 +249,31 @@ def test_router_losses(shape, score_function, dtype, masked, device):
     assert_deterministic(apply(moe_ext), (logits, ids, mask), [g.to(device) for g in grads])
 
 
+def test_router_losses_count_int64_ids(device):
+    ids = make_topk_ids(30, 6, 2, "dropped", device)
+    logits = make_rows(30, 6, dtype=torch.float32, device=device)
+    far = torch.where(ids < 0, -(2**40), ids.long())
+    for narrow, wide in zip(moe_ext.router_losses(logits, ids), moe_ext.router_losses(logits, far), strict=True):
+        assert torch.equal(narrow, wide)
+
+
+def test_one_of_the_losses_alone(device):
+    """The gradient that autograd leaves out counts as zero; a masked token gets none, whatever it holds."""
+    logits = make_rows(9, 5, dtype=torch.float32, device=device)
+    logits[4] = NAN
+    counted = torch.arange(9, device=device) != 4
+    ids = make_topk_ids(9, 5, 2, "uniform", device)
+    total = torch.zeros_like(logits)
+    leaf = logits.clone().requires_grad_()
+    losses = moe_ext.router_losses(leaf, ids, token_mask=counted)[:2]
+    for loss in losses:
+        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        assert loss.isfinite() and grad.isfinite().all() and (grad[4] == 0).all() and (grad != 0).any()
+        total += grad
+    (both,) = torch.autograd.grad(losses[0] + losses[1], leaf)
+    torch.testing.assert_close(both, total)
+
+
 def test_balance_loss_of_uniform_routing_is_one(device):
     logits = torch.zeros(64, 8, device=device)
     ids = torch.arange(128, device=device).remainder(8).view(64, 2)
@@ -199,7 +288,8 @@ def test_balance_loss_of_uniform_routing_is_one(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize(
-    "num_tokens, num_experts, capacity", [(0, 4, 2), (40, 7, 5), (9, 33, 20), (700, 3, 90), (6, 4, 0)]
+    "num_tokens, num_experts, capacity",
+    [(0, 4, 2), (40, 7, 5), (9, 33, 20), (700, 3, 90), (6, 4, 0), (70, 40, 70), (5, 1500, 3)],
 )
 def test_expert_choice_gating(num_tokens, num_experts, capacity, score_function, dtype, device):
     # Columns without ties: a different permutation of the tokens for every expert, small steps so that no score
@@ -226,6 +316,56 @@ def test_expert_choice_ties_and_nan(device):
     logits = torch.tensor([[1.0, float("nan")], [1.0, 2.0], [1.0, 2.0], [0.0, float("nan")]], device=device)
     _, ids = moe_ext.expert_choice_gating(logits, 3, score_function="sigmoid")
     assert ids.tolist() == [[0, 1], [0, 1], [0, 1], [-1, -1]]
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_scores_far_below_the_others_are_zero(score_function, device):
+    """Exactly 0, not the smallest value of an exp that stops early: a sum over such scores must not count."""
+    logits = make_rows(20, 24, dtype=torch.float32, device=device)
+    nothing = torch.arange(24, device=device) % 5 == 2
+    logits[:, nothing] = torch.tensor([-INF, -400.0, -130.0, -INF, -INF], device=device)
+    logits.requires_grad_()
+    weights, _ = moe_ext.expert_choice_gating(logits, 20, score_function=score_function)
+    assert torch.equal(weights == 0, nothing.expand_as(weights))
+    (grad,) = torch.autograd.grad(weights.square().sum(), logits)
+    assert torch.equal(grad == 0, nothing.expand_as(grad))
+
+
+@pytest.mark.parametrize("capacity", [1, 37, 599, 600])
+def test_expert_choice_many_ties(capacity, device):
+    """Far more ties than the choice admits: the earlier tokens win, above them everything better."""
+    logits = torch.zeros(600, 3, device=device)
+    logits[:, 1] = -0.0
+    logits[::2, 2] = 1.0
+    _, ids = moe_ext.expert_choice_gating(logits, capacity, score_function="identity")
+    order = torch.arange(600, device=device)
+    assert torch.equal(ids[:, 0] == 0, order < capacity) and torch.equal(ids[:, 1] == 1, order < capacity)
+    rank = torch.where(order % 2 == 0, order // 2, 300 + order // 2)
+    assert torch.equal(ids[:, 2] == 2, rank < capacity)
+
+
+@pytest.mark.cpu
+def test_the_number_of_threads_changes_nothing():
+    logits, ids = make_rows(3000, 96, dtype=torch.float32), make_topk_ids(3000, 96, 6, "zipf")
+    grad = make_rows(3000, 6, dtype=torch.float32)
+
+    def everything():
+        leaf = logits.clone().requires_grad_()
+        weights, chosen = moe_ext.topk_gating(leaf, 6, renormalize=True)
+        losses = moe_ext.router_losses(leaf, ids)
+        dense, picked = moe_ext.expert_choice_gating(leaf, 200)
+        total = (weights * grad).sum() + losses[0] + losses[1] + dense.square().sum()
+        return [weights, chosen, *losses, dense, picked, torch.autograd.grad(total, leaf)[0]]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(4)
+        together = everything()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 def test_expert_choice_drops_into_a_plan(device):

@@ -16,4 +16,12 @@ MOE_HOST_DEVICE inline uint32_t ordered_key(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+MOE_HOST_DEVICE inline uint64_t ordered_key(double score) {
+  constexpr uint64_t kSign = uint64_t{1} << 63;
+  uint64_t bits;
+  memcpy(&bits, &score, sizeof(bits));
+  if ((bits & ~kSign) > 0x7ff0000000000000u) return 0;
+  return bits & kSign ? ~bits : bits | kSign;
+}
+
 }  // namespace moe_ext

@@ -3,9 +3,9 @@
 //   transpose_kernel  32 x 32 tiles through shared memory: scores by expert [E, T], both sides coalesced
 //   threshold_kernel  one block per expert: radix select of its capacity-th best score, then the last token that a tie
 //                     at that score still admits
-//   emit_kernel       one thread per (token, expert): compares with the expert's threshold
-// Traffic: logits read three times, scores written once and read five times (from L2 where T*E*4 bytes fit), weights
-// and ids written once. Bound: memory, the passes of the slowest expert for small E.
+//   emit_kernel       32 x 32 tiles back: every score against its expert's threshold
+// Traffic: logits read twice (softmax: three times), scores written once and read six times (from L2 where T*E*4 bytes
+// fit), weights and ids written once. Bound: memory, the passes of the slowest expert for small E.
 #include "expert_choice_gating.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,6 @@ namespace {
 
 constexpr int kTile = 32;
 constexpr int kTileRowsPerPass = 8;
-constexpr int kEmitThreads = 256;
 
 struct Threshold {
   uint32_t key;
@@ -38,9 +37,8 @@ __global__ void __launch_bounds__(kGateThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
        token < shape.num_tokens; token += stride) {
-    WarpRow<per_lane> row;
-    row.load(logits + token * num_experts, nullptr, num_experts, lane);
-    const SoftmaxRow<float> softmax = row.softmax();
+    const WarpRow<scalar_t, per_lane> row(logits + token * num_experts, nullptr, num_experts, lane);
+    const SoftmaxRow<float> softmax = softmax_of(row);
     if (lane == 0) stats[token] = softmax;
   }
 }
@@ -57,8 +55,9 @@ __global__ void __launch_bounds__(kTile* kTileRowsPerPass)
     for (int r = first_row; r < kTile; r += kTileRowsPerPass) {
       const int64_t token = first_token + r, expert = first_expert + column;
       if (token < shape.num_tokens && expert < shape.num_experts) {
-        tile[r][column] = score_of(shape.score_function, static_cast<float>(logits[token * shape.num_experts + expert]),
-                                   stats[token]);
+        tile[r][column] =
+            score_of(shape.score_function, static_cast<float>(logits[token * shape.num_experts + expert]),
+                     shape.score_function == ScoreFunction::kSoftmax ? stats[token] : SoftmaxRow<float>{});
       }
     }
     __syncthreads();
@@ -92,24 +91,35 @@ __global__ void __launch_bounds__(kSelectThreads)
   }
 }
 
-template <typename scalar_t>
-__global__ void __launch_bounds__(kEmitThreads)
-    emit_kernel(const scalar_t* __restrict__ logits, const SoftmaxRow<float>* __restrict__ stats,
-                const Threshold* __restrict__ thresholds, float* __restrict__ topk_weights,
-                int32_t* __restrict__ topk_ids, ExpertChoiceShape shape) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kEmitThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kEmitThreads + threadIdx.x;
-       i < shape.num_tokens * shape.num_experts; i += stride) {
-    const int64_t token = i / shape.num_experts, expert = i % shape.num_experts;
-    const float score = score_of(shape.score_function, static_cast<float>(logits[i]), stats[token]);
-    bool chosen = false;
-    if (shape.capacity > 0) {
-      const Threshold threshold = thresholds[expert];
-      const uint32_t key = key_of(score);
-      chosen = key > threshold.key || (key == threshold.key && token <= threshold.last_tied_token);
+// Compares the very scores that the thresholds come from: scores computed again might differ in the last bit.
+__global__ void __launch_bounds__(kTile* kTileRowsPerPass)
+    emit_kernel(const float* __restrict__ scores, const Threshold* __restrict__ thresholds,
+                float* __restrict__ topk_weights, int32_t* __restrict__ topk_ids, ExpertChoiceShape shape) {
+  __shared__ float tile[kTile][kTile + 1];
+  const int column = threadIdx.x % kTile, first_row = threadIdx.x / kTile;
+  const int64_t expert_tiles = ceil_div(shape.num_experts, kTile), token_tiles = ceil_div(shape.num_tokens, kTile);
+  for (int64_t item = blockIdx.x; item < expert_tiles * token_tiles; item += gridDim.x) {
+    const int64_t first_token = item / expert_tiles * kTile, first_expert = item % expert_tiles * kTile;
+    for (int r = first_row; r < kTile; r += kTileRowsPerPass) {
+      const int64_t token = first_token + column, expert = first_expert + r;
+      if (shape.capacity > 0 && token < shape.num_tokens && expert < shape.num_experts) {
+        tile[r][column] = scores[expert * shape.num_tokens + token];
+      }
     }
-    topk_weights[i] = chosen ? score : 0.f;
-    topk_ids[i] = chosen ? static_cast<int32_t>(expert) : -1;
+    __syncthreads();
+    for (int r = first_row; r < kTile; r += kTileRowsPerPass) {
+      const int64_t token = first_token + r, expert = first_expert + column;
+      if (token >= shape.num_tokens || expert >= shape.num_experts) continue;
+      bool chosen = false;
+      if (shape.capacity > 0) {
+        const Threshold threshold = thresholds[expert];
+        const uint32_t key = key_of(tile[column][r]);
+        chosen = key > threshold.key || (key == threshold.key && token <= threshold.last_tied_token);
+      }
+      topk_weights[token * shape.num_experts + expert] = chosen ? tile[column][r] : 0.f;
+      topk_ids[token * shape.num_experts + expert] = chosen ? static_cast<int32_t>(expert) : -1;
+    }
+    __syncthreads();
   }
 }
 
@@ -124,27 +134,28 @@ __global__ void __launch_bounds__(kGateThreads)
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
        token < shape.num_tokens; token += stride) {
     const int64_t first = token * num_experts;
-    WarpRow<per_lane> row;
-    row.load(logits + first, nullptr, num_experts, lane);
-    const SoftmaxRow<float> softmax = is_softmax ? row.softmax() : SoftmaxRow<float>{0.f, 1.f};
-    float grad[per_lane], dot = 0.f;
-    bool chosen[per_lane];
+    const WarpRow<scalar_t, per_lane> row(logits + first, nullptr, num_experts, lane);
+    const SoftmaxRow<float> softmax = is_softmax ? softmax_of(row) : SoftmaxRow<float>{0.f, 1.f};
+    const auto is_chosen = [&](int expert) { return topk_ids[first + expert] == expert; };
+    float dot = 0.f;
 #pragma unroll
-    for (int i = 0; i < per_lane; ++i) {
+    for (int i = 0; i < row.count(); ++i) {
       const int expert = lane + i * kWarpSize;
-      chosen[i] = expert < num_experts && topk_ids[first + expert] == expert;
-      grad[i] = chosen[i] ? grad_topk_weights[first + expert] : 0.f;
-      if (is_softmax && chosen[i]) dot += grad[i] * softmax.probability(row.logits[i]);
+      if (is_softmax && expert < num_experts && is_chosen(expert)) {
+        dot += grad_topk_weights[first + expert] * softmax.probability(row.logit(i));
+      }
     }
     dot = warp_sum(dot);
 #pragma unroll
-    for (int i = 0; i < per_lane; ++i) {
+    for (int i = 0; i < row.count(); ++i) {
       const int expert = lane + i * kWarpSize;
       if (expert >= num_experts) continue;
-      const bool unused_nan = row.logits[i] != row.logits[i] && !chosen[i];
-      const float slope = is_softmax ? softmax.probability(row.logits[i])
-                                     : elementwise_score_gradient(shape.score_function, row.logits[i]);
-      grad_logits[first + expert] = static_cast<scalar_t>(unused_nan ? 0.f : slope * (grad[i] - dot));
+      const float logit = row.logit(i);
+      const bool chosen = is_chosen(expert), unused_nan = logit != logit && !chosen;
+      const float grad = chosen ? grad_topk_weights[first + expert] : 0.f;
+      const float slope =
+          is_softmax ? softmax.probability(logit) : elementwise_score_gradient(shape.score_function, logit);
+      grad_logits[first + expert] = static_cast<scalar_t>(unused_nan ? 0.f : slope * (grad - dot));
     }
   }
 }
@@ -167,25 +178,25 @@ std::tuple<Tensor, Tensor> expert_choice_gating(const Tensor& logits, int64_t ca
   static_assert(sizeof(SoftmaxRow<float>) == 2 * sizeof(float) && sizeof(Threshold) == 2 * sizeof(int32_t));
   auto* stat = reinterpret_cast<SoftmaxRow<float>*>(stats.mutable_data_ptr<float>());
   auto* threshold = reinterpret_cast<Threshold*>(thresholds.mutable_data_ptr<int32_t>());
+  const auto tile_blocks = static_cast<unsigned>(
+      std::min(ceil_div(shape.num_tokens, kTile) * ceil_div(shape.num_experts, kTile), kMaxBlocks));
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto* logit = source.const_data_ptr<scalar_t>();
-    dispatch_experts(shape.num_experts, [&](auto per_lane) {
-      launch_kernel(stats_kernel<scalar_t, decltype(per_lane)::value>, blocks_for_rows(shape.num_tokens), kGateThreads,
-                    0, stream, logit, stat, shape);
-    });
-    if (shape.capacity > 0) {
-      const int64_t tiles = ceil_div(shape.num_tokens, kTile) * ceil_div(shape.num_experts, kTile);
-      launch_kernel(transpose_kernel<scalar_t>, static_cast<unsigned>(std::min(tiles, kMaxBlocks)),
-                    kTile * kTileRowsPerPass, 0, stream, logit, stat, scores.mutable_data_ptr<float>(), shape);
-      launch_kernel(threshold_kernel, static_cast<unsigned>(std::min(shape.num_experts, kMaxBlocks)), kSelectThreads, 0,
-                    stream, scores.const_data_ptr<float>(), threshold, shape);
+    if (shape.capacity == 0) return;
+    if (shape.score_function == ScoreFunction::kSoftmax) {
+      dispatch_experts(shape.num_experts, [&](auto per_lane) {
+        launch_kernel(stats_kernel<scalar_t, decltype(per_lane)::value>, blocks_for_rows(shape.num_tokens),
+                      kGateThreads, 0, stream, logit, stat, shape);
+      });
     }
-    launch_kernel(emit_kernel<scalar_t>,
-                  static_cast<unsigned>(std::min(ceil_div(num_scores, kEmitThreads), kMaxBlocks)), kEmitThreads, 0,
-                  stream, logit, stat, threshold, topk_weights.mutable_data_ptr<float>(),
-                  topk_ids.mutable_data_ptr<int32_t>(), shape);
+    launch_kernel(transpose_kernel<scalar_t>, tile_blocks, kTile * kTileRowsPerPass, 0, stream, logit, stat,
+                  scores.mutable_data_ptr<float>(), shape);
+    launch_kernel(threshold_kernel, static_cast<unsigned>(std::min(shape.num_experts, kMaxBlocks)), kSelectThreads, 0,
+                  stream, scores.const_data_ptr<float>(), threshold, shape);
   });
+  launch_kernel(emit_kernel, tile_blocks, kTile * kTileRowsPerPass, 0, stream, scores.const_data_ptr<float>(),
+                threshold, topk_weights.mutable_data_ptr<float>(), topk_ids.mutable_data_ptr<int32_t>(), shape);
   return {topk_weights, topk_ids};
 }
 

@@ -1,5 +1,6 @@
 // router_losses and its backward on CUDA. Floating sums run in a fixed order; the only atomics count integers.
-// Mapping: one warp per token, its logits in registers.
+// Mapping: one warp per token, its logits in registers (above 1024 experts: read again at every use, the warp's sums in
+//   a workspace row).
 //   partial_kernel: a block sums the scores and squared logsumexps of its tokens into one row of partial sums
 //   finish_kernel:  one block adds the partial rows in order and multiplies with the loads
 //   backward:       one warp per token, everything recomputed from its logits
@@ -18,64 +19,65 @@ namespace {
 constexpr int64_t kMaxPartialBlocks = 256;
 constexpr int64_t kTokensPerBlock = 16;
 
-template <int per_lane>
+// What the scores of a token are made from; they sum to one over the row.
 struct ScoredToken {
-  float scores[per_lane];  // sum to one over the row
-  float logsumexp, total;
+  ScoreFunction function;
+  SoftmaxRow<float> softmax;  // unlike in the gate, a NaN logit shows in all of it
+  float logsumexp, total;     // total: the sum of the scores before they are divided by it
+
+  __device__ float score(float logit) const {
+    if (function == ScoreFunction::kSoftmax) return softmax.probability(logit);
+    return total == 0.f ? 0.f : elementwise_score(function, logit) / total;
+  }
 };
 
-template <int per_lane>
-__device__ ScoredToken<per_lane> score_token(const WarpRow<per_lane>& row, ScoreFunction function) {
-  ScoredToken<per_lane> token;
-  float largest = -INFINITY, sum = 0.f;
+template <typename Row>
+__device__ ScoredToken score_token(const Row& row, ScoreFunction function) {
+  float largest = -INFINITY, sum = 0.f, total = 0.f;
 #pragma unroll
-  for (int i = 0; i < per_lane; ++i) {
-    if (row.allowed[i] && row.logits[i] > largest) largest = row.logits[i];
+  for (int i = 0; i < row.count(); ++i) {
+    if (row.allowed(i) && row.logit(i) > largest) largest = row.logit(i);
   }
   largest = warp_max(largest);
-  // Unlike the gate's softmax, a NaN logit shows in the losses.
 #pragma unroll
-  for (int i = 0; i < per_lane; ++i) sum += row.allowed[i] ? expf(row.logits[i] - largest) : 0.f;
-  sum = warp_sum(sum);
-  token.logsumexp = largest + logf(sum);
-  token.total = 1.f;
-  const bool is_softmax = function == ScoreFunction::kSoftmax;
-  float total = 0.f;
-#pragma unroll
-  for (int i = 0; i < per_lane; ++i) {
-    token.scores[i] = !row.allowed[i] ? 0.f
-                      : is_softmax    ? expf(row.logits[i] - largest) / sum
-                                      : elementwise_score(function, row.logits[i]);
-    total += token.scores[i];
+  for (int i = 0; i < row.count(); ++i) {
+    if (!row.allowed(i)) continue;
+    sum += expf(row.logit(i) - largest);
+    if (function != ScoreFunction::kSoftmax) total += elementwise_score(function, row.logit(i));
   }
-  if (is_softmax) return token;
-  token.total = warp_sum(total);
-#pragma unroll
-  for (int i = 0; i < per_lane; ++i) token.scores[i] = token.total == 0.f ? 0.f : token.scores[i] / token.total;
-  return token;
+  sum = warp_sum(sum);
+  return {function, {largest, sum}, largest + logf(sum), function == ScoreFunction::kSoftmax ? 1.f : warp_sum(total)};
 }
 
 // partial: [blocks, E + 1]; the last column holds the squared logsumexps.
 template <typename scalar_t, typename index_t, int per_lane>
 __global__ void __launch_bounds__(kGateThreads)
     partial_kernel(const scalar_t* __restrict__ logits, const index_t* __restrict__ topk_ids,
-                   const bool* __restrict__ token_mask, float* __restrict__ partial,
-                   int32_t* __restrict__ tokens_per_expert, int32_t* __restrict__ num_counted, LossShape shape) {
-  MOE_DYNAMIC_SHARED(float, block_sums);  // [E + 1]
+                   const bool* __restrict__ token_mask, float* __restrict__ workspace, float* __restrict__ partial,
+                   int32_t* __restrict__ tokens_per_expert, int32_t* __restrict__ num_counted, int64_t workspace_stride,
+                   LossShape shape) {
+  MOE_DYNAMIC_SHARED(float, shared_sums);  // [E + 1], where the row fits in registers
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int num_experts = static_cast<int>(shape.num_experts);
-  float sums[per_lane] = {}, squares = 0.f;
-  int counted = 0;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kGateWarps + warp;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + warp; token < shape.num_tokens;
-       token += stride) {
+  float* block_partial = partial + static_cast<int64_t>(blockIdx.x) * (num_experts + 1);
+  float* block_sums = per_lane > 0 ? shared_sums : block_partial;
+  const int count = per_lane > 0 ? per_lane : (num_experts + kWarpSize - 1) / kWarpSize;
+  LaneValues<float, per_lane> sums(workspace + first_token * workspace_stride, lane);
+#pragma unroll
+  for (int i = 0; i < count; ++i) sums[i] = 0.f;
+  float squares = 0.f;
+  int counted = 0;
+  for (int64_t token = first_token; token < shape.num_tokens; token += stride) {
     if (token_mask && !token_mask[token]) continue;
     ++counted;
-    WarpRow<per_lane> row;
-    row.load(logits + token * num_experts, nullptr, num_experts, lane);
-    const ScoredToken<per_lane> scored = score_token(row, shape.score_function);
+    const WarpRow<scalar_t, per_lane> row(logits + token * num_experts, nullptr, num_experts, lane);
+    const ScoredToken scored = score_token(row, shape.score_function);
 #pragma unroll
-    for (int i = 0; i < per_lane; ++i) sums[i] += scored.scores[i];
+    for (int i = 0; i < row.count(); ++i) {
+      if (row.allowed(i)) sums[i] += scored.score(row.logit(i));
+    }
     squares += scored.logsumexp * scored.logsumexp;
     for (int64_t j = lane; j < shape.topk; j += kWarpSize) {
       const index_t id = topk_ids[token * shape.topk + j];
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kGateThreads)
   for (int w = 0; w < kGateWarps; ++w) {
     if (warp == w) {
 #pragma unroll
-      for (int i = 0; i < per_lane; ++i) {
+      for (int i = 0; i < count; ++i) {
         const int expert = lane + i * kWarpSize;
         if (expert < num_experts) block_sums[expert] = (w == 0 ? 0.f : block_sums[expert]) + sums[i];
       }
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(kGateThreads)
     }
     __syncthreads();
   }
-  for (int i = threadIdx.x; i <= num_experts; i += kGateThreads) {
-    partial[static_cast<int64_t>(blockIdx.x) * (num_experts + 1) + i] = block_sums[i];
+  if constexpr (per_lane > 0) {
+    for (int i = threadIdx.x; i <= num_experts; i += kGateThreads) block_partial[i] = block_sums[i];
   }
 }
 
@@ -146,27 +148,27 @@ __global__ void __launch_bounds__(kGateThreads)
         destination[expert] = static_cast<scalar_t>(0.f);
       continue;
     }
-    WarpRow<per_lane> row;
-    row.load(logits + token * num_experts, nullptr, num_experts, lane);
-    const ScoredToken<per_lane> scored = score_token(row, shape.score_function);
+    const WarpRow<scalar_t, per_lane> row(logits + token * num_experts, nullptr, num_experts, lane);
+    const ScoredToken scored = score_token(row, shape.score_function);
     float mean = 0.f;
 #pragma unroll
-    for (int i = 0; i < per_lane; ++i) {
+    for (int i = 0; i < row.count(); ++i) {
       const int expert = lane + i * kWarpSize;
-      if (expert < num_experts) mean += load_factor * static_cast<float>(tokens_per_expert[expert]) * scored.scores[i];
+      if (expert >= num_experts) continue;
+      mean += load_factor * static_cast<float>(tokens_per_expert[expert]) * scored.score(row.logit(i));
     }
     mean = warp_sum(mean);
 #pragma unroll
-    for (int i = 0; i < per_lane; ++i) {
+    for (int i = 0; i < row.count(); ++i) {
       const int expert = lane + i * kWarpSize;
       if (expert >= num_experts) continue;
-      float slope = scored.scores[i];
+      const float logit = row.logit(i);
+      float slope = scored.score(logit);
       if (shape.score_function != ScoreFunction::kSoftmax) {
-        slope =
-            scored.total == 0.f ? 0.f : elementwise_score_gradient(shape.score_function, row.logits[i]) / scored.total;
+        slope = scored.total == 0.f ? 0.f : elementwise_score_gradient(shape.score_function, logit) / scored.total;
       }
       const float load = load_factor * static_cast<float>(tokens_per_expert[expert]);
-      const float probability = expf(row.logits[i] - scored.logsumexp);
+      const float probability = expf(logit - scored.logsumexp);
       destination[expert] =
           static_cast<scalar_t>(grad_balance * slope * (load - mean) + grad_z * 2.f * scored.logsumexp * probability);
     }
@@ -189,16 +191,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
   Tensor num_counted = torch::stable::new_zeros(logits, {}, ScalarType::Int);
   const int64_t num_blocks = std::clamp<int64_t>(ceil_div(shape.num_tokens, kTokensPerBlock), 1, kMaxPartialBlocks);
   Tensor partial = torch::stable::new_empty(logits, {num_blocks, shape.num_experts + 1}, ScalarType::Float);
+  const bool wide = shape.num_experts > kMaxRegisterExperts;
+  const int64_t workspace_stride = wide ? workspace_row(shape.num_experts) : 0;
+  const size_t shared_bytes = wide ? 0 : (shape.num_experts + 1) * sizeof(float);
+  Tensor workspace = torch::stable::new_empty(logits, {num_blocks * kGateWarps * workspace_stride}, ScalarType::Float);
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto index_tag) {
       using index_t = typename decltype(index_tag)::type;
       dispatch_experts(shape.num_experts, [&](auto per_lane) {
         launch_kernel(partial_kernel<scalar_t, index_t, decltype(per_lane)::value>, static_cast<unsigned>(num_blocks),
-                      kGateThreads, (shape.num_experts + 1) * sizeof(float), stream, source.const_data_ptr<scalar_t>(),
+                      kGateThreads, shared_bytes, stream, source.const_data_ptr<scalar_t>(),
                       ids.const_data_ptr<index_t>(), mask ? mask->const_data_ptr<bool>() : nullptr,
-                      partial.mutable_data_ptr<float>(), tokens_per_expert.mutable_data_ptr<int32_t>(),
-                      num_counted.mutable_data_ptr<int32_t>(), shape);
+                      workspace.mutable_data_ptr<float>(), partial.mutable_data_ptr<float>(),
+                      tokens_per_expert.mutable_data_ptr<int32_t>(), num_counted.mutable_data_ptr<int32_t>(),
+                      workspace_stride, shape);
       });
     });
   });

@@ -2,133 +2,161 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <limits>
-#include <vector>
-
-#include "../common/cpu_parallel.h"
 #include "../common/optional_tensor.h"
+#include "row_cpu.h"
 
 namespace moe_ext::cpu {
 namespace {
 
-// One token's row in the accumulation type, and what is derived from it.
+// One token's row in the accumulation type, and what is derived from it. Arrays are padded to whole lanes.
 template <typename acc_t>
 struct Row {
-  std::vector<acc_t> logits, scores, keys;
-  std::vector<int32_t> order;
-  std::vector<char> allowed;
+  using key_t = ordered_key_t<acc_t>;
+  std::vector<acc_t> logits;
+  std::vector<uint8_t> allowed;
+  std::vector<acc_t> taking_part;  // the logits of the softmax: -inf for what is not allowed or NaN
+  std::vector<acc_t> values;       // what the selection compares, before it becomes a key
+  std::vector<key_t> keys, maxima;
+  std::vector<int32_t> groups;
   SoftmaxRow<acc_t> softmax;
 
-  explicit Row(int64_t num_experts)
-      : logits(num_experts), scores(num_experts), keys(num_experts), order(num_experts), allowed(num_experts) {}
+  explicit Row(const GateOptions& options)
+      : logits(padded_row(options.num_experts)),
+        allowed(padded_row(options.num_experts)),
+        taking_part(logits.size()),
+        values(logits.size()),
+        keys(logits.size()),
+        maxima(logits.size() / kRowLanes),
+        groups(options.topk_groups) {}
 };
+
+template <typename scalar_t, typename acc_t>
+MOE_CPU_CLONES void read_logits(const scalar_t* source, int64_t num_experts, acc_t* logits) {
+  for (int64_t e = 0; e < num_experts; ++e) logits[e] = static_cast<acc_t>(source[e]);
+}
+
+template <typename acc_t>
+MOE_CPU_CLONES void leave_out(const acc_t* logits, const uint8_t* allowed, int64_t padded, acc_t* taking_part) {
+  for (int64_t e = 0; e < padded; ++e) {
+    taking_part[e] = allowed[e] && logits[e] == logits[e] ? logits[e] : -std::numeric_limits<acc_t>::infinity();
+  }
+}
+
+bool over_whole_row(const GateOptions& options) {
+  return options.score_function == ScoreFunction::kSoftmax && !options.select_then_score;
+}
 
 template <typename scalar_t, typename acc_t>
 void read_row(Row<acc_t>& row, const scalar_t* logits, const bool* mask, const GateOptions& options, int64_t token) {
   const int64_t num_experts = options.num_experts;
-  for (int64_t e = 0; e < num_experts; ++e) row.logits[e] = static_cast<acc_t>(logits[token * num_experts + e]);
-  for (int64_t e = 0; e < num_experts; ++e) row.allowed[e] = !mask || mask[token * options.mask_stride + e];
+  read_logits(logits + token * num_experts, num_experts, row.logits.data());
+  if (mask) {
+    std::copy_n(mask + token * options.mask_stride, num_experts, row.allowed.begin());
+  } else {
+    std::fill_n(row.allowed.begin(), num_experts, uint8_t{1});
+  }
+  if (!over_whole_row(options)) return;
+  leave_out(row.logits.data(), row.allowed.data(), static_cast<int64_t>(row.logits.size()), row.taking_part.data());
+  row.softmax = softmax_of_row(row.taking_part.data(), static_cast<int64_t>(row.taking_part.size()));
 }
 
-// The softmax over the experts that take part: allowed, and not NaN (a NaN logit makes its own score NaN, no other).
-template <typename acc_t, typename Experts>
-SoftmaxRow<acc_t> softmax_over(const std::vector<acc_t>& logits, const Experts& experts) {
-  SoftmaxRow<acc_t> softmax{-std::numeric_limits<acc_t>::infinity(), acc_t(0)};
-  for (const auto e : experts) softmax.largest = std::max(softmax.largest, logits[e]);
-  for (const auto e : experts) softmax.sum += std::exp(logits[e] - softmax.largest);
-  return softmax;
+// What the selection compares: the biased score, or with select_then_score the biased logit.
+template <typename acc_t>
+void selection_values(Row<acc_t>& row, const acc_t* bias, const GateOptions& options) {
+  const int64_t num_experts = options.num_experts;
+  if (options.select_then_score) {
+    std::copy_n(row.logits.begin(), num_experts, row.values.begin());
+  } else if (options.score_function == ScoreFunction::kSoftmax) {
+    softmax_scores(row.logits.data(), row.softmax, num_experts, row.values.data());
+  } else {
+    elementwise_scores(options.score_function, row.logits.data(), num_experts, row.values.data());
+  }
+  for (int64_t e = 0; bias && e < num_experts; ++e) row.values[e] += bias[e];
 }
 
 template <typename acc_t>
-void score_row(Row<acc_t>& row, const GateOptions& options) {
-  if (options.score_function != ScoreFunction::kSoftmax) {
-    for (size_t e = 0; e < row.logits.size(); ++e) {
-      row.scores[e] = elementwise_score(options.score_function, row.logits[e]);
-    }
-    return;
+MOE_CPU_CLONES void make_keys(const acc_t* values, const uint8_t* allowed, int64_t size, ordered_key_t<acc_t>* keys) {
+  using key_t = ordered_key_t<acc_t>;
+  for (int64_t e = 0; e < size; ++e) {
+    // + 0 makes one zero of the two; NaN is 1, below every number.
+    const key_t key = std::max<key_t>(ordered_key(values[e] + acc_t(0)), 1);
+    keys[e] = allowed[e] ? key : 0;
   }
-  if (options.select_then_score) {
-    row.scores = row.logits;
-    return;
-  }
-  std::vector<int32_t> taking_part;
-  for (size_t e = 0; e < row.logits.size(); ++e) {
-    if (row.allowed[e] && !std::isnan(row.logits[e])) taking_part.push_back(static_cast<int32_t>(e));
-  }
-  row.softmax = softmax_over(row.logits, taking_part);
-  for (size_t e = 0; e < row.logits.size(); ++e) row.scores[e] = row.softmax.probability(row.logits[e]);
 }
 
-// Keeps the experts of the best groups. A group's score is the sum of its two best keys (DeepSeek-V3).
+// The sum of the two largest values of a group (DeepSeek-V3); the largest alone where there is no second.
+template <typename acc_t>
+acc_t group_score(const acc_t* values, const uint8_t* allowed, int64_t group_size) {
+  const acc_t lowest = -std::numeric_limits<acc_t>::infinity();
+  acc_t best = lowest, second = lowest;
+  for (int64_t i = 0; i < group_size; ++i) {
+    const acc_t value = allowed[i] && values[i] == values[i] ? values[i] : lowest;
+    second = std::max(second, std::min(best, value));
+    best = std::max(best, value);
+  }
+  return second == lowest ? best : best + second;
+}
+
+// Keeps the experts of the best groups, ties to the lower group.
 template <typename acc_t>
 void limit_to_groups(Row<acc_t>& row, const GateOptions& options) {
-  const int64_t group_size = options.num_experts / options.num_groups;
-  const acc_t lowest = -std::numeric_limits<acc_t>::infinity();
-  std::vector<acc_t> group_scores(options.num_groups);
-  std::vector<int64_t> order(options.num_groups);
+  const int64_t group_size = options.num_experts / options.num_groups, padded = padded_row(options.num_groups);
+  std::fill_n(row.keys.begin(), padded, 0);
   for (int64_t g = 0; g < options.num_groups; ++g) {
-    acc_t best = lowest, second = lowest;
-    for (int64_t e = g * group_size; e < (g + 1) * group_size; ++e) {
-      if (!row.allowed[e] || std::isnan(row.keys[e])) continue;
-      if (row.keys[e] > best) {
-        second = best;
-        best = row.keys[e];
-      } else if (row.keys[e] > second) {
-        second = row.keys[e];
-      }
-    }
-    group_scores[g] = second == lowest ? best : best + second;
-    order[g] = g;
+    row.keys[g] = ordered_key(
+        group_score(row.values.data() + g * group_size, row.allowed.data() + g * group_size, group_size) + acc_t(0));
   }
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return group_scores[a] > group_scores[b]; });
-  for (int64_t i = options.topk_groups; i < options.num_groups; ++i) {
-    std::fill_n(row.allowed.begin() + order[i] * group_size, group_size, char(0));
+  take_largest(row.keys.data(), padded, row.maxima.data(), options.topk_groups, row.groups.data());
+  std::sort(row.groups.begin(), row.groups.end());
+  auto kept = row.groups.begin();
+  for (int64_t g = 0; g < options.num_groups; ++g) {
+    if (kept != row.groups.end() && *kept == g) {
+      ++kept;
+    } else {
+      std::fill_n(row.allowed.begin() + g * group_size, group_size, uint8_t{0});
+    }
   }
 }
 
-// The topk experts in descending key, NaN last, ties to the lower id, -1 where too few are allowed.
+// The topk experts in descending order of selection, NaN last, ties to the lower id, -1 where too few are allowed.
 template <typename acc_t>
 void select(Row<acc_t>& row, const acc_t* bias, const GateOptions& options, int32_t* ids) {
-  const int64_t num_experts = options.num_experts;
   const bool grouped = options.topk_groups < options.num_groups;
-  for (int64_t e = 0; e < num_experts; ++e) row.keys[e] = row.scores[e] + (bias ? bias[e] : acc_t(0));
+  if (bias || grouped) selection_values(row, bias, options);
   if (grouped) limit_to_groups(row, options);
   // Without a bias the order of the scores is the order of the logits, where rounding makes no ties.
-  if (!bias) row.keys = row.logits;
-  int64_t candidates = 0;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    if (row.allowed[e]) row.order[candidates++] = static_cast<int32_t>(e);
-  }
-  const int64_t found = std::min(options.topk, candidates);
-  std::partial_sort(row.order.begin(), row.order.begin() + found, row.order.begin() + candidates,
-                    [&](int32_t a, int32_t b) {
-                      const bool nan_a = std::isnan(row.keys[a]), nan_b = std::isnan(row.keys[b]);
-                      if (nan_a != nan_b) return nan_b;
-                      if (!nan_a && row.keys[a] != row.keys[b]) return row.keys[a] > row.keys[b];
-                      return a < b;
-                    });
-  std::copy_n(row.order.begin(), found, ids);
-  std::fill(ids + found, ids + options.topk, -1);
+  const auto& compared = bias ? row.values : row.logits;
+  const int64_t padded = static_cast<int64_t>(row.keys.size());
+  std::fill(row.keys.begin() + options.num_experts, row.keys.end(), 0);
+  make_keys(compared.data(), row.allowed.data(), options.num_experts, row.keys.data());
+  take_largest(row.keys.data(), padded, row.maxima.data(), options.topk, ids);
 }
 
-std::vector<int32_t> chosen_experts(const int32_t* ids, const GateOptions& options) {
-  std::vector<int32_t> chosen;
+// The softmax over the chosen experts; a NaN logit takes no part in it.
+template <typename acc_t>
+SoftmaxRow<acc_t> softmax_over_chosen(const Row<acc_t>& row, const int32_t* ids, const GateOptions& options) {
+  SoftmaxRow<acc_t> softmax{-std::numeric_limits<acc_t>::infinity(), acc_t(0)};
+  const auto takes_part = [&](int32_t e) { return e >= 0 && e < options.num_experts && !std::isnan(row.logits[e]); };
   for (int64_t j = 0; j < options.topk; ++j) {
-    if (ids[j] >= 0 && ids[j] < options.num_experts) chosen.push_back(ids[j]);
+    if (takes_part(ids[j])) softmax.largest = std::max(softmax.largest, row.logits[ids[j]]);
   }
-  return chosen;
+  for (int64_t j = 0; j < options.topk; ++j) {
+    if (takes_part(ids[j])) softmax.sum += std::exp(row.logits[ids[j]] - softmax.largest);
+  }
+  return softmax;
 }
 
 // Unscaled, not renormalised weights of the chosen slots; 0 for slots without an expert.
 template <typename acc_t>
 void raw_weights(const Row<acc_t>& row, const int32_t* ids, const GateOptions& options, acc_t* weights) {
-  SoftmaxRow<acc_t> softmax = row.softmax;
-  const bool over_selected = options.select_then_score && options.score_function == ScoreFunction::kSoftmax;
-  if (over_selected) softmax = softmax_over(row.logits, chosen_experts(ids, options));
+  const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;
+  const SoftmaxRow<acc_t> softmax =
+      is_softmax && options.select_then_score ? softmax_over_chosen(row, ids, options) : row.softmax;
   for (int64_t j = 0; j < options.topk; ++j) {
     const bool here = ids[j] >= 0 && ids[j] < options.num_experts;
-    weights[j] = !here ? acc_t(0) : over_selected ? softmax.probability(row.logits[ids[j]]) : row.scores[ids[j]];
+    weights[j] = !here        ? acc_t(0)
+                 : is_softmax ? softmax.probability(row.logits[ids[j]])
+                              : elementwise_score(options.score_function, row.logits[ids[j]]);
   }
 }
 
@@ -164,6 +192,15 @@ void weight_gradients(const acc_t* raw, const acc_t* grad, const GateOptions& op
 }
 
 template <typename scalar_t, typename acc_t>
+MOE_CPU_CLONES void spread_gradient(const acc_t* logits, const uint8_t* allowed, const acc_t* scores, acc_t factor,
+                                    int64_t num_experts, scalar_t* grad_logits) {
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const acc_t gradient = factor * scores[e];
+    grad_logits[e] = static_cast<scalar_t>(allowed[e] && logits[e] == logits[e] ? gradient : acc_t(0));
+  }
+}
+
+template <typename scalar_t, typename acc_t>
 void backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const GateOptions& options,
                   std::vector<acc_t>& raw, std::vector<acc_t>& grad_raw, scalar_t* grad_logits) {
   raw_weights(row, ids, options, raw.data());
@@ -171,9 +208,11 @@ void backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const 
   const bool softmax = options.score_function == ScoreFunction::kSoftmax;
   acc_t dot = 0;
   for (int64_t j = 0; softmax && j < options.topk; ++j) dot += grad_raw[j] * raw[j];
-  for (int64_t e = 0; e < options.num_experts; ++e) {
-    const bool spreads = softmax && !options.select_then_score && row.allowed[e] && !std::isnan(row.logits[e]);
-    grad_logits[e] = static_cast<scalar_t>(spreads ? -dot * row.scores[e] : acc_t(0));
+  if (over_whole_row(options) && dot != acc_t(0)) {
+    softmax_scores(row.taking_part.data(), row.softmax, options.num_experts, row.values.data());
+    spread_gradient(row.logits.data(), row.allowed.data(), row.values.data(), -dot, options.num_experts, grad_logits);
+  } else {
+    std::fill_n(grad_logits, options.num_experts, scalar_t(0));
   }
   for (int64_t j = 0; j < options.topk; ++j) {
     const int64_t e = ids[j];
@@ -183,9 +222,6 @@ void backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const 
                 : grad_raw[j] * elementwise_score_gradient(options.score_function, row.logits[e]));
   }
 }
-
-// exp and friends cost about this many bytes' worth of copying.
-constexpr int64_t kBytesPerScore = 64;
 
 }  // namespace
 
@@ -209,10 +245,9 @@ std::tuple<Tensor, Tensor> topk_gating(const Tensor& logits, int64_t topk, const
     auto* weights = topk_weights.mutable_data_ptr<acc_t>();
     auto* ids = topk_ids.mutable_data_ptr<int32_t>();
     parallel_rows(options.num_tokens, options.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
-      Row<acc_t> row(options.num_experts);
+      Row<acc_t> row(options);
       for (int64_t token = begin; token < end; ++token) {
         read_row(row, logit, mask_of, options, token);
-        score_row(row, options);
         select(row, bias_of, options, ids + token * topk);
         raw_weights(row, ids + token * topk, options, weights + token * topk);
         finish_weights(weights + token * topk, options);
@@ -241,11 +276,10 @@ Tensor topk_gating_backward(const Tensor& grad_topk_weights, const Tensor& logit
     const bool* mask_of = mask ? mask->const_data_ptr<bool>() : nullptr;
     auto* grad_logit = grad_logits.mutable_data_ptr<scalar_t>();
     parallel_rows(options.num_tokens, options.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
-      Row<acc_t> row(options.num_experts);
+      Row<acc_t> row(options);
       std::vector<acc_t> raw(options.topk), grad_raw(options.topk);
       for (int64_t token = begin; token < end; ++token) {
         read_row(row, logit, mask_of, options, token);
-        score_row(row, options);
         backward_row(row, ids + token * options.topk, grad + token * options.topk, options, raw, grad_raw,
                      grad_logit + token * options.num_experts);
       }

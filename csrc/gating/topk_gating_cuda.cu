@@ -1,7 +1,9 @@
 // topk_gating and its backward on CUDA.
-// Mapping: one warp per token, its logits in registers. Selection is topk rounds of a warp-wide maximum over 64-bit
-//   candidates (key, then the lower id), each below the last one found; slot j ends in lane j % 32.
-// Traffic per token: E logits read, 8*K bytes written; backward: E + 2*K read, E written.
+// Mapping: one warp per token, its logits in registers (above 1024 experts: read again at every use, the keys in a
+//   workspace row per warp). Selection is topk rounds of a warp-wide maximum over 64-bit candidates (key, then the
+//   lower id), each below the last one found; slot j ends in lane j % 32.
+// Traffic per token: E logits read, 8*K bytes written; backward: E + 2*K read, E written. Above 1024 experts a round
+//   reads the 4*E bytes of its keys, from L2.
 // Bound: memory for large E and small K, the shuffles of K rounds else.
 #include "topk_gating.h"
 
@@ -17,63 +19,92 @@ constexpr int kSlotsPerLane = 4;
 constexpr int kMaxTopk = kSlotsPerLane * kWarpSize;
 constexpr int kMaxGroups = 2 * kWarpSize;
 
-// Larger is better; 0 is no candidate. NaN sorts below every number, the lower expert id wins ties.
-__device__ uint64_t candidate(float key, int expert, bool allowed) {
-  if (!allowed) return 0;
-  // + 0 makes one zero of the two.
-  return static_cast<uint64_t>(ordered_key(key + 0.f) + 1u) << 32 | (0xffffffffu - static_cast<uint32_t>(expert));
-}
+// What the selection compares, as an integer of the same order: 0 for no candidate, 1 for NaN. + 0 makes one zero of
+// the two.
+constexpr uint32_t kNanKey = 1;
+__device__ uint32_t key_of(float value) { return max(ordered_key(value + 0.f), kNanKey); }
 
-__device__ int expert_of(uint64_t found) {
+__device__ float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// A key over the complement of its expert: larger is better, the lower id wins ties, 0 is none.
+__device__ uint64_t candidate(uint32_t key, int expert) {
+  return key == 0 ? 0 : static_cast<uint64_t>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(expert));
+}
+__device__ uint32_t key_in(uint64_t found) { return static_cast<uint32_t>(found >> 32); }
+__device__ int expert_in(uint64_t found) {
   return found == 0 ? -1 : static_cast<int>(0xffffffffu - static_cast<uint32_t>(found));
 }
 
-template <int per_lane>
-__device__ uint64_t best_below(const float (&keys)[per_lane], const bool (&allowed)[per_lane], int lane, int first,
-                               int end, uint64_t below) {
+constexpr uint64_t kAboveAll = ~uint64_t{0};
+
+template <typename Keys>
+__device__ uint64_t best_below(const Keys& keys, int count, int lane, int first, int end, uint64_t below) {
   uint64_t best = 0;
 #pragma unroll
-  for (int i = 0; i < per_lane; ++i) {
+  for (int i = 0; i < count; ++i) {
     const int expert = lane + i * kWarpSize;
-    const uint64_t value = candidate(keys[i], expert, allowed[i] && expert >= first && expert < end);
+    const uint64_t value = expert >= first && expert < end ? candidate(keys[i], expert) : 0;
     if (value < below && value > best) best = value;
   }
   return warp_max(best);
 }
 
-__device__ float key_of(uint64_t found) {
-  const auto key = static_cast<uint32_t>(found >> 32) - 1u;
-  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
-  return __uint_as_float(bits);
-}
-
-// Takes the experts outside the best topk_groups groups out of `allowed`. A group's score is the sum of its two best
-// keys (DeepSeek-V3); NaN keys do not count. Lane g holds the scores of groups g and g + 32.
-template <int per_lane>
-__device__ void limit_to_groups(const float (&keys)[per_lane], bool (&allowed)[per_lane], int lane, int num_experts,
-                                int num_groups, int topk_groups) {
-  const int group_size = num_experts / num_groups;
-  // ordered_key(NaN) + 1 == 1: candidates from here on up are numbers.
-  constexpr uint64_t kNumbers = uint64_t{2} << 32;
-  float scores[2] = {-INFINITY, -INFINITY};
+// The groups that stay, as bits. A group's score is the sum of its two best values (DeepSeek-V3); NaN does not count.
+// Lane g holds the scores of groups g and g + 32.
+template <typename Keys>
+__device__ uint64_t best_groups(const Keys& keys, int count, int lane, int num_groups, int group_size,
+                                int topk_groups) {
+  LaneValues<uint32_t, 2> scores(nullptr, lane);
+  scores[0] = scores[1] = 0;
   for (int group = 0; group < num_groups; ++group) {
     const int first = group * group_size;
-    const uint64_t best = best_below(keys, allowed, lane, first, first + group_size, ~uint64_t{0});
-    const uint64_t second = best < kNumbers ? 0 : best_below(keys, allowed, lane, first, first + group_size, best);
-    float score = best < kNumbers ? -INFINITY : key_of(best);
-    if (second >= kNumbers && key_of(second) > -INFINITY) score += key_of(second);
-    if (lane == group % kWarpSize) scores[group / kWarpSize] = score;
+    const uint64_t best = best_below(keys, count, lane, first, first + group_size, kAboveAll);
+    const uint64_t second = best_below(keys, count, lane, first, first + group_size, best);
+    float score = key_in(best) > kNanKey ? value_of(key_in(best)) : -INFINITY;
+    if (key_in(second) > kNanKey && value_of(key_in(second)) > -INFINITY) score += value_of(key_in(second));
+    if (lane == group % kWarpSize) {
+      if (group < kWarpSize)
+        scores[0] = key_of(score);
+      else
+        scores[1] = key_of(score);
+    }
   }
-  uint64_t kept = 0, below = ~uint64_t{0};
+  uint64_t kept = 0, below = kAboveAll;
   for (int i = 0; i < topk_groups; ++i) {
-    const bool inside[2] = {lane < num_groups, lane + kWarpSize < num_groups};
-    below = best_below<2>(scores, inside, lane, 0, num_groups, below);
-    kept |= uint64_t{1} << expert_of(below);
+    below = best_below(scores, 2, lane, 0, num_groups, below);
+    kept |= uint64_t{1} << expert_in(below);
   }
+  return kept;
+}
+
+// Fills in the keys that the topk rounds compare.
+template <typename Row, typename Keys>
+__device__ void make_keys(const Row& row, SoftmaxRow<float> softmax, const float* selection_bias, int lane,
+                          const GateOptions& options, Keys& keys) {
+  const int num_experts = static_cast<int>(options.num_experts);
+  const bool grouped = options.topk_groups < options.num_groups;
+  // Without bias and groups the order of the scores is the order of the logits, where rounding makes no ties.
+  const bool by_logit = options.select_then_score || (!selection_bias && !grouped);
 #pragma unroll
-  for (int i = 0; i < per_lane; ++i) {
+  for (int i = 0; i < row.count(); ++i) {
     const int expert = lane + i * kWarpSize;
-    if (expert < num_experts) allowed[i] = allowed[i] && (kept >> (expert / group_size) & 1);
+    float value = row.logit(i);
+    if (!by_logit) {
+      value = options.score_function == ScoreFunction::kSoftmax ? softmax.probability(value)
+                                                                : elementwise_score(options.score_function, value);
+    }
+    if (selection_bias && expert < num_experts) value += selection_bias[expert];
+    keys[i] = row.allowed(i) ? key_of(value) : 0;
+  }
+  if (!grouped) return;
+  const int group_size = num_experts / static_cast<int>(options.num_groups);
+  const uint64_t kept = best_groups(keys, row.count(), lane, static_cast<int>(options.num_groups), group_size,
+                                    static_cast<int>(options.topk_groups));
+#pragma unroll
+  for (int i = 0; i < row.count(); ++i) {
+    const int expert = lane + i * kWarpSize;
+    if (expert < num_experts && !(kept >> (expert / group_size) & 1)) keys[i] = 0;
+    if (!selection_bias && keys[i] != 0) keys[i] = key_of(row.logit(i));
   }
 }
 
@@ -112,7 +143,8 @@ __device__ void raw_weights(Slots& slots, SoftmaxRow<float> softmax, const GateO
     largest = warp_max(largest);
 #pragma unroll
     for (int i = 0; i < kSlotsPerLane; ++i) {
-      if (slots.ids[i] >= 0) sum += expf(slots.logits[i] - largest);
+      // As in the whole row, a NaN logit makes its own weight NaN, no other.
+      if (slots.ids[i] >= 0 && slots.logits[i] == slots.logits[i]) sum += expf(slots.logits[i] - largest);
     }
     softmax = {largest, warp_sum(sum)};
   }
@@ -127,51 +159,31 @@ __device__ void raw_weights(Slots& slots, SoftmaxRow<float> softmax, const GateO
 template <typename scalar_t, int per_lane>
 __global__ void __launch_bounds__(kGateThreads)
     topk_gating_kernel(const scalar_t* __restrict__ logits, const float* __restrict__ selection_bias,
-                       const bool* __restrict__ expert_mask, float* __restrict__ topk_weights,
-                       int32_t* __restrict__ topk_ids, GateOptions options) {
+                       const bool* __restrict__ expert_mask, uint32_t* __restrict__ workspace,
+                       float* __restrict__ topk_weights, int32_t* __restrict__ topk_ids, int64_t workspace_stride,
+                       GateOptions options) {
   const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(options.num_experts);
   const int topk = static_cast<int>(options.topk);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
-       token < options.num_tokens; token += stride) {
+  LaneValues<uint32_t, per_lane> keys(workspace + first_token * workspace_stride, lane);
+  for (int64_t token = first_token; token < options.num_tokens; token += stride) {
     const scalar_t* source = logits + token * num_experts;
-    WarpRow<per_lane> row;
-    row.load(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr, num_experts, lane);
-    const bool grouped = options.topk_groups < options.num_groups;
+    const WarpRow<scalar_t, per_lane> row(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr,
+                                          num_experts, lane);
     const bool needs_softmax = options.score_function == ScoreFunction::kSoftmax && !options.select_then_score;
-    const SoftmaxRow<float> softmax = needs_softmax ? row.softmax() : SoftmaxRow<float>{0.f, 1.f};
-    float keys[per_lane];
-#pragma unroll
-    for (int i = 0; i < per_lane; ++i) {
-      // Without bias or groups the order of the scores is the order of the logits, where rounding makes no ties.
-      keys[i] = row.logits[i];
-      if (!selection_bias && !grouped) continue;
-      const int expert = lane + i * kWarpSize;
-      if (needs_softmax) {
-        keys[i] = softmax.probability(row.logits[i]);
-      } else if (options.score_function != ScoreFunction::kSoftmax) {
-        keys[i] = elementwise_score(options.score_function, row.logits[i]);
-      }
-      if (selection_bias && expert < num_experts) keys[i] += selection_bias[expert];
-    }
-    if (grouped) {
-      limit_to_groups(keys, row.allowed, lane, num_experts, static_cast<int>(options.num_groups),
-                      static_cast<int>(options.topk_groups));
-      if (!selection_bias) {
-#pragma unroll
-        for (int i = 0; i < per_lane; ++i) keys[i] = row.logits[i];
-      }
-    }
+    const SoftmaxRow<float> softmax = needs_softmax ? softmax_of(row) : SoftmaxRow<float>{0.f, 1.f};
+    make_keys(row, softmax, selection_bias, lane, options, keys);
     Slots slots;
 #pragma unroll
     for (int i = 0; i < kSlotsPerLane; ++i) slots.ids[i] = -1;
-    uint64_t found = ~uint64_t{0};
+    uint64_t found = kAboveAll;
     for (int j = 0; j < topk; ++j) {
-      found = best_below(keys, row.allowed, lane, 0, num_experts, found);
+      found = best_below(keys, row.count(), lane, 0, num_experts, found);
       if (found == 0) break;
 #pragma unroll
       for (int i = 0; i < kSlotsPerLane; ++i) {
-        if (j == lane + i * kWarpSize) slots.ids[i] = expert_of(found);
+        if (j == lane + i * kWarpSize) slots.ids[i] = expert_in(found);
       }
     }
     load_slot_logits(slots, source, num_experts);
@@ -204,10 +216,10 @@ __global__ void __launch_bounds__(kGateThreads)
        token < options.num_tokens; token += stride) {
     const scalar_t* source = logits + token * num_experts;
     scalar_t* destination = grad_logits + token * num_experts;
-    WarpRow<per_lane> row;
-    row.load(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr, num_experts, lane);
+    const WarpRow<scalar_t, per_lane> row(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr,
+                                          num_experts, lane);
     const bool whole_row = is_softmax && !options.select_then_score;
-    const SoftmaxRow<float> softmax = whole_row ? row.softmax() : SoftmaxRow<float>{0.f, 1.f};
+    const SoftmaxRow<float> softmax = whole_row ? softmax_of(row) : SoftmaxRow<float>{0.f, 1.f};
     Slots slots;
     float grad[kSlotsPerLane];
 #pragma unroll
@@ -236,11 +248,13 @@ __global__ void __launch_bounds__(kGateThreads)
     }
     const float dot = is_softmax ? sum_slots(products) : 0.f;
 #pragma unroll
-    for (int i = 0; i < per_lane; ++i) {
+    for (int i = 0; i < row.count(); ++i) {
       const int expert = lane + i * kWarpSize;
       if (expert >= num_experts) continue;
-      const bool spreads = whole_row && row.allowed[i] && row.logits[i] == row.logits[i];
-      destination[expert] = static_cast<scalar_t>(spreads ? -dot * softmax.probability(row.logits[i]) : 0.f);
+      const float logit = row.logit(i);
+      // Where nothing was chosen the softmax may be over nothing: no gradient, and no 0 * NaN.
+      const bool spreads = whole_row && row.allowed(i) && logit == logit && dot != 0.f;
+      destination[expert] = static_cast<scalar_t>(spreads ? -dot * softmax.probability(logit) : 0.f);
     }
     __syncwarp();  // a slot's lane writes over what another lane has written
 #pragma unroll
@@ -275,13 +289,19 @@ std::tuple<Tensor, Tensor> topk_gating(const Tensor& logits, int64_t topk, const
   Tensor topk_weights = torch::stable::new_empty(logits, {options.num_tokens, topk}, ScalarType::Float);
   Tensor topk_ids = torch::stable::new_empty(logits, {options.num_tokens, topk}, ScalarType::Int);
   if (options.num_tokens == 0) return {topk_weights, topk_ids};
+  const bool wide = options.num_experts > kMaxRegisterExperts;
+  const unsigned blocks = blocks_for_rows(options.num_tokens, wide ? kMaxWideBlocks : kMaxBlocks);
+  const int64_t workspace_stride = wide ? workspace_row(options.num_experts) : 0;
+  Tensor workspace = torch::stable::new_empty(logits, {blocks * kGateWarps * workspace_stride}, ScalarType::Int);
+  auto* keys = reinterpret_cast<uint32_t*>(workspace.mutable_data_ptr<int32_t>());
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     dispatch_experts(options.num_experts, [&](auto per_lane) {
-      launch_kernel(topk_gating_kernel<scalar_t, decltype(per_lane)::value>, blocks_for_rows(options.num_tokens),
-                    kGateThreads, 0, current_stream(logits), source.const_data_ptr<scalar_t>(),
-                    bias ? bias->const_data_ptr<float>() : nullptr, mask ? mask->const_data_ptr<bool>() : nullptr,
-                    topk_weights.mutable_data_ptr<float>(), topk_ids.mutable_data_ptr<int32_t>(), options);
+      launch_kernel(topk_gating_kernel<scalar_t, decltype(per_lane)::value>, blocks, kGateThreads, 0,
+                    current_stream(logits), source.const_data_ptr<scalar_t>(),
+                    bias ? bias->const_data_ptr<float>() : nullptr, mask ? mask->const_data_ptr<bool>() : nullptr, keys,
+                    topk_weights.mutable_data_ptr<float>(), topk_ids.mutable_data_ptr<int32_t>(), workspace_stride,
+                    options);
     });
   });
   return {topk_weights, topk_ids};

@@ -45,18 +45,20 @@ def topk_gating(
     DeepSeek-V2 and V3 (sigmoid, ``selection_bias`` without auxiliary loss, groups, ``scale``).
 
     Args:
-        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU); up to 1024 experts on CUDA.
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU).
         topk: experts per token, 1 to num_experts; up to 128 on CUDA.
         score_function: softmax over all allowed experts, or sigmoid, sqrt(softplus(x)), or the logit itself.
-        score_order: ``score_then_select`` weighs with the score; ``select_then_score`` takes the softmax over the
-            selected logits only (no difference for the other score functions).
-        selection_bias: [num_experts] float32 (float64 for float64 logits), added to the score for the selection only,
-            never to the weight, and without gradient (loss-free balancing, DeepSeek-V3).
+        score_order: ``score_then_select`` picks by the (biased) score. ``select_then_score`` picks by the (biased) raw
+            logit; its softmax runs over the selected logits only. Without a bias and groups the order matters to the
+            softmax alone: every score increases with its logit.
+        selection_bias: [num_experts] float32 (float64 for float64 logits), added to the score, or to the logit with
+            ``select_then_score``, for the selection only, never to the weight, and without gradient (loss-free
+            balancing, DeepSeek-V3).
         expert_mask: bool, [num_experts] or [num_tokens, num_experts], True where an expert may be picked; the others
             take no part in the softmax either.
         num_groups: experts are this many equal, consecutive groups; up to 64 on CUDA.
-        topk_groups: only the best groups stay; a group's score is the sum of its two highest biased scores
-            (DeepSeek-V3), ties to the lower group.
+        topk_groups: only the best groups stay; a group's score is the sum of the two highest values that its experts
+            are picked by (DeepSeek-V3; V2 took the maximum), ties to the lower group.
         renormalize: divide a token's weights by their sum plus ``renormalize_eps``; a sum of 0 gives weights 0.
         scale: multiplies the weights, after renormalisation.
 
@@ -65,7 +67,9 @@ def topk_gating(
         ``topk_ids`` [num_tokens, topk] int32 in descending order of selection, ties to the lower id. Where fewer than
         ``topk`` experts are allowed, the slots left over hold id -1 and weight 0. A NaN logit sorts last, takes no part
         in the softmax of others, and gives weight NaN if it is picked all the same: a token whose logits are all NaN
-        gets ids ``0 .. topk - 1`` and NaN weights. A softmax over a +inf logit is NaN, as in torch.
+        gets ids ``0 .. topk - 1`` and NaN weights. Without a bias, scores that rounding makes equal keep the order of
+        their logits. A -inf logit scores 0 (-inf with identity) and can be picked; a softmax over a +inf logit, or over
+        nothing but -inf, is NaN, as in torch.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size, range or device; the message names it.
@@ -114,7 +118,7 @@ def expert_choice_gating(
     """Let every expert pick its best tokens (Expert Choice, Zhou et al. 2022).
 
     Args:
-        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU); up to 1024 experts on CUDA.
+        logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU).
         capacity: tokens per expert, at least 0; more than num_tokens picks all.
         score_function: as in :func:`topk_gating`; the softmax runs over the experts.
 

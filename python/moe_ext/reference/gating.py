@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus", "identity"]
 ScoreOrder = Literal["score_then_select", "select_then_score"]
@@ -31,7 +30,8 @@ def _scores(logits: Tensor, score_function: ScoreFunction, allowed: Tensor) -> T
     if score_function == "sigmoid":
         return torch.sigmoid(logits)
     if score_function == "sqrt_softplus":
-        return F.softplus(logits, threshold=1e9).sqrt()
+        # softplus(x) = log(e^x + e^0): exact in float64, and without overflow.
+        return torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
     return logits
 
 
@@ -67,7 +67,9 @@ def topk_gating(
     scores = logits if over_selected else _scores(logits, score_function, allowed)
 
     with torch.no_grad():
-        keys = scores if selection_bias is None else scores + selection_bias
+        keys = logits if score_order == "select_then_score" else scores
+        if selection_bias is not None:
+            keys = keys + selection_bias
         candidates = allowed
         if topk_groups < num_groups:
             usable = (allowed & ~keys.isnan()).view(num_tokens, num_groups, -1)
@@ -82,7 +84,7 @@ def topk_gating(
         ids = _descending(logits if selection_bias is None else keys, candidates)[:, :topk]
         here = candidates.gather(1, ids)
 
-    weights = _softmax_over(logits.gather(1, ids), here) if over_selected else scores.gather(1, ids)
+    weights = _scores(logits.gather(1, ids), "softmax", here) if over_selected else scores.gather(1, ids)
     weights = torch.where(here, weights, torch.zeros_like(weights))
     if renormalize:
         total = weights.sum(-1, keepdim=True) + renormalize_eps
