@@ -99,6 +99,8 @@ def markdown(path: Path) -> str:
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     lines = [f"## {path.name}", "", f"{where}; torch {machine['torch']}; commit {machine['commit']}; "
              f"copy {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s; `{result['command']}`", ""]  # fmt: skip
+    if note := result.get("note"):
+        lines += [note, ""]
     if training := result.get("training"):
         losses = training["losses"]
         lines += [
