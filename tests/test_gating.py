@@ -289,7 +289,7 @@ def test_balance_loss_of_uniform_routing_is_one(device):
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize(
     "num_tokens, num_experts, capacity",
-    [(0, 4, 2), (40, 7, 5), (9, 33, 20), (700, 3, 90), (6, 4, 0), (70, 40, 70), (5, 1500, 3)],
+    [(0, 4, 2), (40, 7, 5), (9, 33, 20), (700, 3, 90), (6, 4, 0), (70, 40, 70), (5, 1030, 3)],
 )
 def test_expert_choice_gating(num_tokens, num_experts, capacity, score_function, dtype, device):
     # Columns without ties: a different permutation of the tokens for every expert, small steps so that no score
