@@ -26,8 +26,8 @@ from .case import Context
 from .timing import Timer
 
 MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_all_to_all)
-TRAINING_STEPS = {"gpu": 300, "cpu": 300, "quick": 3}
-SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 2.0, "quick": 0.05}
+TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
+SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 1.5, "quick": 0.05}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"gpu": ["bfloat16"], "cpu": ["float32", "bfloat16"], "quick": ["float32"]}
 
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> Path:
     training = train_router(context) if "A" in tables and not options.ops else None
     timer = Timer(device, options.rounds, SECONDS_PER_CASE[profile])
     rows = []
+    gc.freeze()  # imports alone are half a million objects, which each collection below would visit
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=None)
         for module in MODULES:
@@ -94,8 +95,9 @@ def run(options: argparse.Namespace) -> Path:
                 rows.append(report.make_row(case, timings, differences, about["copy_bytes_per_second"]))
                 del case
                 gc.collect()
-    name = about.get("gpu", "cpu").lower().replace(" ", "-")
-    path = options.out / f"{name}-{profile}-{''.join(sorted(tables)).lower()}.json"
+    name = about["gpu"].lower().replace(" ", "-") if device == "cuda" else f"cpu-{about['threads']}-threads"
+    part = [] if tables == set(report.TABLES) else ["".join(sorted(tables)).lower()]
+    path = options.out / ("-".join([name, *(["quick"] if profile == "quick" else []), *part]) + ".json")
     extra = {"command": "python -m bench " + " ".join(sys.argv[1:]), "profile": profile, "training": training}
     report.write_json(path, about, rows, extra)
     report.print_tables(rows)

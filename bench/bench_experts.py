@@ -32,31 +32,24 @@ def cases(context: Context) -> Cases:
     decode = {"gpu": GPU_DECODE, "cpu": CPU_DECODE, "quick": []}[context.profile]
     for dtype in context.dtypes:
         yield from activation_cases(context, layers[0], dtype)
+        for shape in decode:
+            yield from layer_cases(context, shape, dtype, "uniform", "D", backward=False)
         for shape in layers:
             yield from layer_cases(context, shape, dtype, "uniform", "A", backward=True)
-        for routing in ("zipf", "one_hot") if dtype == context.dtypes[0] else ():
-            yield from layer_cases(context, layers[0], dtype, routing, "A", backward=False)
+            for routing in ("zipf", "one_hot") if shape == layers[0] and dtype == context.dtypes[0] else ():
+                yield from layer_cases(context, shape, dtype, routing, "A", backward=False)
         if context.traces:
             num_tokens, hidden_size, intermediate_size = REAL_LAYERS[context.profile]
             experts, topk = int(context.traces["num_experts"]), context.traces["ids"].shape[1]
             real = LayerShape("byte-lm router", num_tokens, hidden_size, intermediate_size, experts, topk)
             yield from layer_cases(context, real, dtype, "real", "A", backward=True)
-        for shape in decode:
-            yield from layer_cases(context, shape, dtype, "uniform", "D", backward=False)
 
 
 def layer_cases(
     context: Context, shape: LayerShape, dtype: torch.dtype, routing: str, table: str, *, backward: bool
 ) -> Cases:
     hidden = context.rows(shape.num_tokens, shape.hidden_size, dtype=dtype)
-    gate_up = context.rows(
-        shape.num_experts, 2 * shape.intermediate_size, shape.hidden_size, dtype=dtype, scale=shape.hidden_size**-0.5,
-        seed=1,
-    )  # fmt: skip
-    down = context.rows(
-        shape.num_experts, shape.hidden_size, shape.intermediate_size, dtype=dtype,
-        scale=shape.intermediate_size**-0.5, seed=2,
-    )  # fmt: skip
+    gate_up, down = context.expert_weights(shape, dtype)
     ids = context.topk_ids(shape, routing)
     wide_ids = ids.long()
     weights = torch.softmax(context.rows(shape.num_tokens, shape.topk, dtype=torch.float32, seed=3), dim=-1)
@@ -92,7 +85,7 @@ def layer_cases(
     if not backward:
         return
 
-    leaves = [x.clone().requires_grad_() for x in arguments]
+    leaves = [x.detach().requires_grad_() for x in arguments]
     grad = context.rows(shape.num_tokens, shape.hidden_size, dtype=dtype, seed=4)
 
     def step(f: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:

@@ -68,10 +68,23 @@ class Context:
     profile: str
     dtypes: list[torch.dtype]
     traces: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def rows(self, *sizes: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
-        return (torch.randn(*sizes, generator=generator, device=self.device, dtype=torch.float32) * scale).to(dtype)
+        return torch.randn(*sizes, generator=generator, device=self.device).mul_(scale).to(dtype)
+
+    def expert_weights(self, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """gate_up [E, 2I, H] and down [E, H, I]; kept until a layer of another size or dtype asks."""
+        hidden_size, width, num_experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
+        key = (num_experts, hidden_size, width, dtype)
+        if key not in self.weights:
+            self.weights.clear()
+            self.weights[key] = (
+                self.rows(num_experts, 2 * width, hidden_size, dtype=dtype, scale=hidden_size**-0.5, seed=1),
+                self.rows(num_experts, hidden_size, width, dtype=dtype, scale=width**-0.5, seed=2),
+            )
+        return self.weights[key]
 
     def topk_ids(self, shape: LayerShape, routing: str) -> Tensor:
         """Ids of a made-up routing, or, for "real", those that a trained router chose."""
@@ -92,6 +105,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    scale = b.norm().item()
-    return (a - b).norm().item() / scale if scale else a.norm().item()
+    # float32 is enough for a relative difference of 1e-4, and weight gradients are too many for float64 copies.
+    norm, a, b = torch.linalg.vector_norm, a.detach().float(), b.detach().float()
+    scale = norm(b).item()
+    return (norm(a - b) / scale).item() if scale else norm(a).item()

@@ -11,6 +11,7 @@ import torch
 
 FLUSH_BYTES = 256 * 1024 * 1024  # more than any L2, so that a run starts from device memory
 MIN_ROUND_SECONDS = 2e-3  # shorter bodies are repeated inside a round on the CPU
+LONG_SECONDS = 0.1
 
 
 class Timing(NamedTuple):
@@ -35,27 +36,30 @@ class Timer:
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
 
     def compare(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
-        repeats = {name: self._warm_up(run) for name, run in contenders.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
         start = time.perf_counter()
-        for done in range(self.rounds):
-            if done >= 3 and time.perf_counter() - start > self.seconds:
+        warm_ups = {name: self._warm_up(run) for name, run in contenders.items()}
+        # A warm-up long enough to be a round is one: the comparison with the peers has run everything once before.
+        seconds = {name: [] if taken is None else [taken] for name, (_, taken) in warm_ups.items()}
+        repeats = {name: count for name, (count, _) in warm_ups.items()}
+        for _ in range(self.rounds):
+            if min(map(len, seconds.values())) >= 3 and time.perf_counter() - start > self.seconds:
                 break
             for name, run in contenders.items():
                 seconds[name].append(self._once(run, repeats[name]))
         return {name: Timing(statistics.median(s), min(s), len(s)) for name, s in seconds.items()}
 
-    def _warm_up(self, run: Callable[[], Any]) -> int:
-        # The first call was the comparison with the peers.
+    def _warm_up(self, run: Callable[[], Any]) -> tuple[int, float | None]:
+        """How often to repeat ``run`` in a round, and the seconds of this call where they can count as a round."""
         if self.device == "cuda":
             for _ in range(3):
                 run()
             torch.cuda.synchronize()
-            return 1
+            return 1, None
         start = time.perf_counter()
         run()
         taken = time.perf_counter() - start
-        return max(1, min(1000, int(MIN_ROUND_SECONDS / max(taken, 1e-7))))
+        count = max(1, min(1000, int(MIN_ROUND_SECONDS / max(taken, 1e-7))))
+        return count, taken if taken > LONG_SECONDS else None
 
     def _once(self, run: Callable[[], Any], repeats: int) -> float:
         if self.flush is None:
