@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> Path:
     name = about["gpu"].lower().replace(" ", "-") if device == "cuda" else f"cpu-{about['threads']}-threads"
     part = [] if tables == set(report.TABLES) else ["".join(sorted(tables)).lower()]
     path = options.out / ("-".join([name, *(["quick"] if profile == "quick" else []), *part]) + ".json")
-    extra = {"command": "python -m bench " + " ".join(sys.argv[1:]), "profile": profile, "training": training}
+    extra = {"command": " ".join(["python -m bench", *sys.argv[1:]]), "profile": profile, "training": training}
     report.write_json(path, about, rows, extra)
     report.print_tables(rows)
     print(f"{len(rows)} rows in {path}")
