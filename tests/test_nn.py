@@ -104,3 +104,24 @@ def test_router_works_in_float32_on_bfloat16_rows():
     weights, _, logits = router(make_rows(5, 16, dtype=torch.bfloat16))
     assert weights.dtype == logits.dtype == torch.float32
     assert "num_experts=8" in repr(router)
+
+
+def test_autocast():
+    """Experts in bf16, the router in fp32: the same ids as without, gradients in the dtype of the parameters."""
+    layer = make_layer(dtype=torch.float32, experts={"bias": True})
+    hidden = make_rows(65, 16, dtype=torch.float32)
+    exact = layer(hidden)
+    ids = layer.statistics.topk_ids
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(hidden)
+        product = moe_ext.grouped_gemm(
+            hidden,
+            layer.experts.gate_up_weight,
+            torch.tensor([0, 9, 9, 30, 40, 41, 50, 60, 65]).int(),
+            weight_layout="enk",
+        )
+    assert product.dtype == output.hidden.dtype == torch.bfloat16 and output.balance_loss.dtype == torch.float32
+    assert torch.equal(layer.statistics.topk_ids, ids)
+    assert 1e-4 < relative_error(output.hidden, exact.hidden) < 2e-2
+    grads = torch.autograd.grad(output.hidden.float().square().sum(), list(layer.parameters()))
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)

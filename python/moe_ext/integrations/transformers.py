@@ -74,12 +74,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids = top_k_index.reshape(-1, top_k_index.shape[-1])
     up, up_bias, down, down_bias = _parameters(experts)
-    dtype = up.dtype
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-    rows, up, down = rows.to(dtype), up.to(dtype), down.to(dtype)
-    up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in (up_bias, down_bias))
-    weights = top_k_weights.reshape(ids.shape).to(torch.promote_types(dtype, torch.float32))
+    rows = rows.to(up.dtype)  # a norm before may have left float32
+    weights = top_k_weights.reshape(ids.shape).to(torch.promote_types(up.dtype, torch.float32))
     plan = routing_plan(ids, up.shape[0])
     layout = "ekn" if experts.is_transposed else "enk"
     activation = fused_activation(experts)
@@ -152,7 +148,7 @@ def _in_pieces(
     activated = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
     output = grouped_gemm(activated.to(rows.dtype), down, plan.expert_offsets, weight_layout=layout, bias=down_bias)
     if experts.has_post_expert_norm:
-        output = experts.post_expert_norm(output).to(rows.dtype)
+        output = experts.post_expert_norm(output).to(output.dtype)
     return unpermute(output, *gather, weights)
 
 

@@ -13,7 +13,7 @@ from moe_ext.ops.gating import ScoreFunction, ScoreOrder
 
 
 class TopKRouter(BackendModule):
-    """Picks ``topk`` of ``num_experts`` for every token. Logits are computed in fp32.
+    """Picks ``topk`` of ``num_experts`` for every token. Logits are computed in fp32, under autocast too.
 
     Args:
         hidden_size, num_experts, topk: sizes.
@@ -55,7 +55,8 @@ class TopKRouter(BackendModule):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [num_tokens, hidden_size] -> topk_weights, topk_ids [num_tokens, topk], logits [num_tokens, E]."""
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        logits = F.linear(hidden.to(precision), self.weight.to(precision))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(hidden.to(precision), self.weight.to(precision))
         bias = None if self.selection_bias is None else self.selection_bias.to(precision)
         weights, ids = self.ops.topk_gating(
             logits,

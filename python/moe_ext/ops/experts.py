@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
+from moe_ext.ops.autocast import cast_for_product
 from moe_ext.plan_types import RoutingPlan
 
 _ops = torch.ops.moe_ext
@@ -67,6 +68,8 @@ def moe_mlp(
 ) -> Tensor:
     """Run every token through its experts: gather, up projection, activation, down projection, weighted sum.
 
+    Under ``torch.autocast`` everything but ``topk_weights`` is cast to autocast's dtype, and so is the result.
+
     For the backward only ``input`` and the pre-activation [num_rows, gate and up columns] are kept: the gradient of a
     router weight is taken as ``<dO W2, activation>``, so that neither expert outputs nor gathered copies of rows are
     stored (SonicMoE).
@@ -96,6 +99,9 @@ def moe_mlp(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
     """
+    input, gate_up_weight = cast_for_product(input), cast_for_product(gate_up_weight)
+    down_weight = cast_for_product(down_weight)
+    gate_up_bias, down_bias = cast_for_product(gate_up_bias), cast_for_product(down_bias)
     arguments = (input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
     output: Tensor = _ops.moe_mlp(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
+from moe_ext.ops.autocast import cast_for_product
 from moe_ext.ops.permutation import unpermute
 
 _ops = torch.ops.moe_ext
@@ -31,6 +32,8 @@ def grouped_gemm(
     activation_limit: float = 7.0,
 ) -> Tensor:
     """Multiply each expert's rows with its matrix: the dropless grouped GEMM of MegaBlocks (arXiv 2211.15841).
+
+    Under ``torch.autocast`` input, weight and bias are cast to autocast's dtype, and so is the result.
 
     Args:
         input: [num_rows, in_features] in expert order; with ``gather`` [num_tokens, in_features] in token order.
@@ -61,6 +64,7 @@ def grouped_gemm(
         RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
     """
     permuted_to_slot, slot_to_permuted, topk = gather or (None, None, 1)
+    input, weight, bias = cast_for_product(input), cast_for_product(weight), cast_for_product(bias)
     arguments = (input, weight, bias)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
     output: Tensor = _ops.grouped_gemm(

@@ -1,0 +1,25 @@
+"""Under torch.autocast the matrix products run in autocast's dtype, as torch's own do; router weights stay as they are.
+
+In the wrappers rather than by ``torch.library.register_autocast``, which knows one dtype per op and casts every
+floating argument, the router weights among them.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+
+@overload
+def cast_for_product(factor: Tensor) -> Tensor: ...
+@overload
+def cast_for_product(factor: None) -> None: ...
+def cast_for_product(factor: Tensor | None) -> Tensor | None:
+    """The tensor in autocast's dtype where autocast is on for its device; float64 stays, as it does in torch."""
+    if factor is None or not torch.is_autocast_enabled(factor.device.type):
+        return factor
+    if factor.dtype == torch.float64 or not factor.is_floating_point():
+        return factor
+    return factor.to(torch.get_autocast_dtype(factor.device.type))
