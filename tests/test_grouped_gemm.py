@@ -90,6 +90,47 @@ def test_larger_than_a_tile(shape, layout, device):
     assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
 
 
+# Aligned for tensor cores: several tiles in every direction; features that end inside a tile or a 64-deep stage; groups
+# that end inside a tile; one row; more experts than rows.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(200, 136, 328, 3, 2), (1, 64, 8, 2, 1), (130, 328, 264, 1, 1), (40, 8, 72, 60, 2)])
+def test_tensor_cores(shape, layout, dtype, device):
+    case = Case(shape, "zipf", dtype=dtype, device=device, layout=layout)
+    case.check()
+    assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
+    wgrad = moe_ext.grouped_gemm_wgrad(
+        case.input, case.grad, case.offsets, weight_layout=layout, out_dtype=torch.float32
+    )
+    exact = reference.grouped_gemm_wgrad(
+        case.input.double(), case.grad.double(), case.offsets, weight_layout=layout
+    )
+    assert relative_error(wgrad, exact) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_stay_with_their_expert(bad, layout, dtype, device):
+    """An infinity or NaN in the rows of one expert, or in its weight, reaches no other expert's results."""
+    offsets = torch.tensor([3, 73, 73, 100, 230, 230], dtype=torch.int32, device=device)
+    rows, grad = (make_rows(240, width, dtype=dtype, device=device, seed=s) for width, s in ((72, 2), (136, 5)))
+    weight = make_rows(5, *((136, 72) if layout == "enk" else (72, 136)), dtype=dtype, device=device, seed=3)
+    clean = (
+        moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout),
+        moe_ext.grouped_gemm_wgrad(rows, grad, offsets, weight_layout=layout),
+    )
+    for x in (rows, grad):
+        x[:3], x[73:100], x[230:] = bad, bad, bad
+    weight[2] = bad
+    output = moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout)
+    wgrad = moe_ext.grouped_gemm_wgrad(rows, grad, offsets, weight_layout=layout)
+    others = [0, 1, 3, 4]
+    assert torch.equal(wgrad[others], clean[1][others]) and (wgrad[[1, 4]] == 0).all() and wgrad[2].isnan().all()
+    kept = torch.cat([torch.arange(73), torch.arange(100, 240)]).to(device)
+    assert torch.equal(output[kept], clean[0][kept]) and not output[73:100].isfinite().any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, device):
     case = Case((33, 17, 13, 7, 2), "zipf", device=device, layout=layout, bias=True)

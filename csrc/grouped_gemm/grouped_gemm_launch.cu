@@ -5,6 +5,7 @@
 // elements read.
 #include "../common/cuda_launch.h"
 #include "grouped_gemm_kernels.h"
+#include "sm90/products.h"
 #include "simt/grouped_gemm_simt.h"
 #include "tensor_core_kernels.h"
 #include "tile_choice.h"
@@ -24,7 +25,8 @@ struct DeviceProperties {
 
 DeviceProperties read_device(int device) {
 #ifdef MOE_EXT_EMULATED
-  return {0, 3};
+  const char* capability = std::getenv("MOE_EMULATOR_CAPABILITY");
+  return {capability ? std::atoi(capability) : 0, 3};
 #else
   int major = 0, minor = 0;
   DeviceProperties properties;
@@ -45,38 +47,45 @@ bool fits_tensor_cores(GemmDtype dtype, int64_t n, int64_t k, std::initializer_l
   return fits;
 }
 
-using TensorCoreKernel = const char* (*)(const TensorCoreProblem&);
+using CutlassKernel = const char* (*)(const TensorCoreProblem&);
 
-// The kernel for this device, or nullptr if none was compiled for it.
-TensorCoreKernel pick(const DeviceProperties& device, Sm90Tile tile, TensorCoreKernel cooperative,
-                      TensorCoreKernel pingpong, TensorCoreKernel sm80) {
-  if (device.capability == 90 && cooperative) return tile == Sm90Tile::kCooperative ? cooperative : pingpong;
-  return device.capability >= 80 ? sm80 : nullptr;
+// The CUTLASS kernel for this device, or nullptr if none was compiled for it.
+CutlassKernel pick(const DeviceProperties& device, CutlassKernel sm90, CutlassKernel sm80) {
+  return device.capability == 90 && sm90 ? sm90 : device.capability >= 80 ? sm80 : nullptr;
 }
 
-#ifdef MOE_EXT_HAS_SM90
-#define MOE_SM90(name) sm90::name##_cooperative, sm90::name##_pingpong
+#if defined(MOE_EXT_HAS_SM90) && !defined(MOE_EXT_EMULATED)
+#define MOE_SM90(name) sm90_cutlass::name
 #else
-#define MOE_SM90(name) nullptr, nullptr
+#define MOE_SM90(name) nullptr
 #endif
 #ifdef MOE_EXT_HAS_SM80
 #define MOE_SM80(name) sm80::name
 #else
 #define MOE_SM80(name) nullptr
 #endif
-#define MOE_PICK(name) pick(device, tile, MOE_SM90(name), MOE_SM80(name))
+#define MOE_PICK(name) pick(device, MOE_SM90(name), MOE_SM80(name))
 
-TensorCoreKernel pick_forward(const DeviceProperties& device, Sm90Tile tile, WeightLayout layout, GemmDtype dtype) {
+CutlassKernel pick_forward(const DeviceProperties& device, WeightLayout layout, GemmDtype dtype) {
   if (layout == WeightLayout::kENK) {
     return dtype == GemmDtype::kBFloat16 ? MOE_PICK(forward_enk_bf16) : MOE_PICK(forward_enk_fp16);
   }
   return dtype == GemmDtype::kBFloat16 ? MOE_PICK(forward_ekn_bf16) : MOE_PICK(forward_ekn_fp16);
 }
 
-TensorCoreKernel pick_wgrad(const DeviceProperties& device, Sm90Tile tile, GemmDtype dtype, bool float32_output) {
+CutlassKernel pick_wgrad(const DeviceProperties& device, GemmDtype dtype, bool float32_output) {
   if (float32_output) return dtype == GemmDtype::kBFloat16 ? MOE_PICK(wgrad_bf16_fp32) : MOE_PICK(wgrad_fp16_fp32);
   return dtype == GemmDtype::kBFloat16 ? MOE_PICK(wgrad_bf16) : MOE_PICK(wgrad_fp16);
 }
+
+#ifdef MOE_EXT_HAS_SM90
+// The sm_90a product's row of kSm90Tiles for D of average shape rows x columns; -1: another kernel must do it.
+int pick_sm90_tile(const DeviceProperties& device, int64_t groups, int64_t rows, int64_t columns) {
+  if (device.capability != 90) return -1;
+  const int tile = choose_sm90_tile(groups, rows, columns, device.multiprocessors);
+  return tile == kCutlassSm90Tile ? -1 : tile;
+}
+#endif
 
 // Zeroes the rows before the first expert and past the last. `Word` is 16 bytes, or one element where rows are
 // unaligned.
@@ -192,12 +201,19 @@ const char* launch_grouped_gemm(const GroupedGemmArgs& args) {
   if (args.max_rows == 0 || args.n == 0) return nullptr;
   const DeviceProperties device = read_device(args.device);
   zero_rows_of_no_expert(args, device.multiprocessors);
-  const int64_t average_rows = ceil_div(args.max_rows, args.num_experts);
-  const Sm90Tile tile = choose_sm90_tile(args.num_experts, average_rows, args.n, device.multiprocessors);
-  const TensorCoreKernel kernel =
-      args.k > 0 && fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.weight, args.output})
-          ? pick_forward(device, tile, args.layout, args.dtype)
-          : nullptr;
+  if (args.k == 0 || !fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.weight, args.output})) {
+    simt::grouped_gemm(args, device.multiprocessors);
+    return nullptr;
+  }
+#ifdef MOE_EXT_HAS_SM90
+  const int tile = pick_sm90_tile(device, args.num_experts, ceil_div(args.max_rows, args.num_experts), args.n);
+  if (tile >= 0) {
+    const sm90::Products& products = sm90::products_of(tile, args.dtype);
+    const auto launch = args.layout == WeightLayout::kENK ? products.forward_enk : products.forward_ekn;
+    return launch(args, device.multiprocessors);
+  }
+#endif
+  const CutlassKernel kernel = pick_forward(device, args.layout, args.dtype);
   if (!kernel) {
     simt::grouped_gemm(args, device.multiprocessors);
     return nullptr;
@@ -215,12 +231,19 @@ const char* launch_grouped_gemm_wgrad(const GroupedWgradArgs& args) {
   const DeviceProperties device = read_device(args.device);
   const bool nk = args.layout == WeightLayout::kENK;
   const int64_t rows = nk ? args.n : args.k, columns = nk ? args.k : args.n;
-  const Sm90Tile tile = choose_sm90_tile(args.num_experts, rows, columns, device.multiprocessors);
-  const TensorCoreKernel kernel =
-      args.max_rows > 0 &&
-              fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.grad_output, args.grad_weight})
-          ? pick_wgrad(device, tile, args.dtype, args.float32_output)
-          : nullptr;
+  if (args.max_rows == 0 ||
+      !fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.grad_output, args.grad_weight})) {
+    simt::grouped_gemm_wgrad(args, device.multiprocessors);
+    return nullptr;
+  }
+#ifdef MOE_EXT_HAS_SM90
+  const int tile = pick_sm90_tile(device, args.num_experts, rows, columns);
+  if (tile >= 0) {
+    const sm90::Products& products = sm90::products_of(tile, args.dtype);
+    return (args.float32_output ? products.wgrad_fp32 : products.wgrad)(args, device.multiprocessors);
+  }
+#endif
+  const CutlassKernel kernel = pick_wgrad(device, args.dtype, args.float32_output);
   if (!kernel) {
     simt::grouped_gemm_wgrad(args, device.multiprocessors);
     return nullptr;
