@@ -126,7 +126,8 @@ def test_rows_stay_with_their_expert(bad, layout, dtype, device):
     output = moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout)
     wgrad = moe_ext.grouped_gemm_wgrad(rows, grad, offsets, weight_layout=layout)
     others = [0, 1, 3, 4]
-    assert torch.equal(wgrad[others], clean[1][others]) and (wgrad[[1, 4]] == 0).all() and wgrad[2].isnan().all()
+    assert torch.equal(wgrad[others], clean[1][others]) and (wgrad[[1, 4]] == 0).all()
+    assert not wgrad[2].isfinite().any()
     kept = torch.cat([torch.arange(73), torch.arange(100, 240)]).to(device)
     assert torch.equal(output[kept], clean[0][kept]) and not output[73:100].isfinite().any()
 
