@@ -108,6 +108,26 @@ def test_tensor_cores(shape, layout, dtype, device):
     assert relative_error(wgrad, exact) < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout, gather, bias", [("enk", True, True), ("ekn", True, False), ("enk", False, True)])
+@pytest.mark.parametrize("activation, gate_up_layout", [
+    ("none", "concatenated"), ("swiglu", "concatenated"), ("swiglu_clamped", "interleaved"), ("gelu", "concatenated"),
+])  # fmt: skip
+def test_tensor_cores_fused(activation, gate_up_layout, layout, gather, bias, dtype, device):
+    """Gather, bias and activation around tiles that groups and features cut; rows without a slot."""
+    for shape, routing in [((150, 136, 168, 3, 2), "zipf"), ((70, 72, 264, 5, 2), "dropped")]:
+        case = Case(
+            shape, routing, dtype=dtype, device=device, layout=layout, gather=gather, bias=bias, row_alignment=8,
+            activation=activation,
+        )  # fmt: skip
+        case.activation["gate_up_layout"] = gate_up_layout
+        case.check()
+        assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
+        with torch.no_grad():  # no pre-activation is kept
+            exact = case.forward(reference)(*(None if a is None else a.double() for a in case.args))
+            assert relative_error(case.forward(moe_ext)(*case.args), exact) < 8e-3
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -6,7 +6,6 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/grouped_gemm/sm90/operand_layout.h"
 #include "../../csrc/grouped_gemm/sm90/tensor_map.h"
 
 namespace moe_ext::sm90 {
@@ -325,8 +324,8 @@ void store_shared_bytes(void* shared, const void* bytes, int count) {
   mark_unfenced(static_cast<char*>(shared), count);
 }
 
-uint4 load_shared_16(const void* shared) {
-  uint4 value;
+Chunk load_shared_16(const void* shared) {
+  Chunk value;
   std::memcpy(&value, shared, sizeof(value));
   return value;
 }

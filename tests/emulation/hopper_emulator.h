@@ -10,13 +10,10 @@
 
 #include <cstdint>
 
+#include "../../csrc/grouped_gemm/sm90/operand_layout.h"
 #include "cuda_emulator.h"
 
 #define MOE_GRID_CONSTANT
-
-struct uint4 {
-  unsigned x, y, z, w;
-};
 
 namespace moe_ext::sm90 {
 
@@ -28,7 +25,6 @@ struct TensorMap {
   int box[3];
 };
 
-enum class Major;
 using Barrier = uint64_t;
 
 uint32_t shared_address(const void* pointer);
@@ -66,8 +62,8 @@ inline void store_shared(void* shared, float first, float second) {
   const float values[2] = {first, second};
   store_shared_bytes(shared, values, 8);
 }
-inline void store_shared_16(void* shared, const uint4& value) { store_shared_bytes(shared, &value, 16); }
-uint4 load_shared_16(const void* shared);
+inline void store_shared_16(void* shared, const Chunk& value) { store_shared_bytes(shared, &value, 16); }
+Chunk load_shared_16(const void* shared);
 
 template <typename Element>
 uint32_t pack(float first, float second) {

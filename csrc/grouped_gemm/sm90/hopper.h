@@ -103,15 +103,15 @@ __device__ inline void store_shared(void* shared, uint32_t value) {
 __device__ inline void store_shared(void* shared, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "f"(first), "f"(second) : "memory");
 }
-__device__ inline void store_shared_16(void* shared, const uint4& value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+__device__ inline void store_shared_16(void* shared, const Chunk& value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(value.words[0]), "r"(value.words[1]),
+               "r"(value.words[2]), "r"(value.words[3])
                : "memory");
 }
-__device__ inline uint4 load_shared_16(const void* shared) {
-  uint4 value;
+__device__ inline Chunk load_shared_16(const void* shared) {
+  Chunk value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "=r"(value.words[0]), "=r"(value.words[1]), "=r"(value.words[2]), "=r"(value.words[3])
                : "r"(shared_address(shared))
                : "memory");
   return value;

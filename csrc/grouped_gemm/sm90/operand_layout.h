@@ -23,8 +23,14 @@ enum class Major { kK = 0, kMN = 1 };  // the values of wgmma's transpose bits
 constexpr int kBlockDepth = 64;                 // of a pipeline stage
 constexpr int kInstructionDepth = 16;           // of one wgmma
 constexpr int kRowBytes = 128;                  // of a row in shared memory, the reach of the swizzle
+constexpr int kRowChunks = kRowBytes / 16;
 constexpr int kBlockBytes = 64 * kRowBytes;     // 64 rows of a matrix, one stage deep
 constexpr int kMatrixRowBytes = kBlockDepth * 2;  // bytes that a stage holds per row of a matrix, whatever its major
+
+// What the swizzle moves as one.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
 
 MOE_LAYOUT_FUNCTION int swizzled(int row, int byte) { return row * kRowBytes + (byte ^ (row % 8 * 16)); }
 

@@ -11,7 +11,8 @@
 //   three warpgroups the first fills a ring of stages of depth 64, the other two multiply: each 64 rows of the tile, or
 //   half of the columns of a 64-row tile. The accumulators leave through shared memory, 64 rows of 128 bytes at a time:
 //   by TMA store where all 64 rows belong to the group, else by predicated 16-byte stores. The ring runs ahead into the
-//   next tile meanwhile.
+//   next tile meanwhile. product_finish.h fuses bias, activation and the activation's gradient; product_gather.h reads
+//   an operand's rows where they lie.
 // Traffic per tile and step of 64: (rows + columns) * 128 bytes read, mostly from L2. Bound: tensor cores for large
 //   groups, weight reads for small ones.
 #pragma once
@@ -27,15 +28,16 @@ constexpr int kWarpgroup = 128;
 constexpr int kMathWarpgroups = 2;
 constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
 constexpr int kProductThreads = kMathThreads + kWarpgroup;
-// Together what a multiprocessor has: 128 * 40 + 256 * 232 = 64512 of 65536.
-constexpr int kProducerRegisters = 40, kMathRegisters = 232;
+// Together what a multiprocessor has: 128 * 56 + 256 * 224 = 64512 of 65536.
+constexpr int kProducerRegisters = 56, kMathRegisters = 224;
 // Named barriers; 0 is __syncthreads.
 constexpr int kMathBarrier = 1, kFirstWarpgroupBarrier = 2;
 
 constexpr int kPieceRows = 64;  // what is stored at once: 64 rows of 128 bytes
 constexpr int kPieceBytes = kPieceRows * kRowBytes;
 
-template <typename Element_, typename Output_, Contraction contraction, Major b_major, int rows, int columns, int stages>
+template <typename Element_, typename Output_, Contraction contraction, Major b_major, int rows, int columns, int stages,
+          Finish finish = Finish::kStore, cuda::RowMode mode = cuda::RowMode::kPlain>
 struct ProductConfig {
   using Element = Element_;
   using Output = Output_;
@@ -45,15 +47,23 @@ struct ProductConfig {
   static constexpr Major kMajorB = b_major;
   static_assert(!kWgrad || b_major == Major::kMN);
   static constexpr int kRows = rows, kColumns = columns, kStages = stages;
+  static constexpr Finish kFinish = finish;
+  static constexpr cuda::RowMode kMode = mode;
+  static_assert(finish == Finish::kStore || !kWgrad);
 
   // What one math warpgroup computes.
   static constexpr bool kSplitsColumns = rows == 64;
   static constexpr int kWarpgroupColumns = kSplitsColumns ? columns / 2 : columns;
   static_assert(rows == 64 || rows == 64 * kMathWarpgroups);
 
+  // Gate and up columns that belong together come into one warpgroup's accumulators: the first half of its columns are
+  // gates, the second ups. Columns are then counted in such pairs.
+  static constexpr bool kPairsColumns = finish == Finish::kActivate && mode == cuda::RowMode::kConcatenated;
+  static constexpr int kTileColumns = kPairsColumns ? columns / 2 : columns;
+
   // TMA boxes are 64 deep; an MN-major operand comes in boxes of 64 rows of the matrix.
   static constexpr int kBoxA = kMajorA == Major::kMN ? 64 : rows;
-  static constexpr int kBoxB = kMajorB == Major::kMN ? 64 : columns;
+  static constexpr int kBoxB = kMajorB == Major::kMN ? 64 : kPairsColumns ? kWarpgroupColumns / 2 : columns;
 
   static constexpr int kBytesA = rows * kMatrixRowBytes, kBytesB = columns * kMatrixRowBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB;
@@ -117,7 +127,7 @@ struct WorkQueue {
   __device__ explicit WorkQueue(const ProductArguments& arguments)
       : arguments(arguments),
         tiles{arguments.expert_offsets, arguments.num_experts, arguments.max_rows, Config::kRows,
-              ceil_div(arguments.columns, Config::kColumns), blockIdx.x, gridDim.x},
+              ceil_div(arguments.columns, Config::kTileColumns), blockIdx.x, gridDim.x},
         tile(blockIdx.x) {}
 
   __device__ bool next(Work* work) {
@@ -135,7 +145,7 @@ struct WorkQueue {
     } else {
       GroupedRowTiles::Tile found;
       if (!tiles.next(&found)) return false;
-      *work = {found.expert, found.row, found.end, found.column * Config::kColumns, 0, arguments.depth};
+      *work = {found.expert, found.row, found.end, found.column * Config::kTileColumns, 0, arguments.depth};
     }
     return true;
   }
@@ -144,30 +154,41 @@ struct WorkQueue {
 // ---- producer
 
 template <typename Config>
-__device__ void load_stage(const ProductArguments& arguments, const Work& work, int64_t depth, char* a, char* b,
-                           Barrier* full) {
-  const int row = static_cast<int>(work.row), column = static_cast<int>(work.column), d = static_cast<int>(depth);
-  barrier_arrive_expect(full, Config::kStageBytes);
+__device__ void load_a(const ProductArguments& arguments, const Work& work, int64_t depth, char* a, Barrier* full) {
+  const int d = static_cast<int>(depth);
 #pragma unroll
   for (int box = 0; box < Config::kRows / Config::kBoxA; ++box) {
     char* target = a + box * Config::kBoxA * kMatrixRowBytes;
-    const int box_row = row + box * Config::kBoxA;
+    const int row = static_cast<int>(work.row) + box * Config::kBoxA;
     if constexpr (Config::kMajorA == Major::kK) {
-      tma_load(arguments.a, full, target, d, box_row);
+      tma_load(arguments.a, full, target, d, row);
     } else {
-      tma_load(arguments.a, full, target, box_row, d);
+      tma_load(arguments.a, full, target, row, d);
     }
   }
+}
+
+template <typename Config>
+__device__ void load_b(const ProductArguments& arguments, const Work& work, int64_t depth, char* b, Barrier* full) {
+  const int d = static_cast<int>(depth), expert = static_cast<int>(work.expert);
 #pragma unroll
   for (int box = 0; box < Config::kColumns / Config::kBoxB; ++box) {
     char* target = b + box * Config::kBoxB * kMatrixRowBytes;
-    const int box_column = column + box * Config::kBoxB;
-    if constexpr (Config::kWgrad) {
-      tma_load(arguments.b, full, target, box_column, d);
-    } else if constexpr (Config::kMajorB == Major::kK) {
-      tma_load(arguments.b, full, target, d, box_column, static_cast<int>(work.expert));
+    int column = static_cast<int>(work.column);
+    if constexpr (Config::kPairsColumns) {
+      constexpr int kHalf = Config::kWarpgroupColumns / 2;
+      const int half = box * Config::kBoxB / kHalf;  // of some warpgroup; odd ones are ups
+      column += half / 2 * kHalf + box * Config::kBoxB % kHalf;
+      if (half % 2 == 1) column += static_cast<int>(arguments.columns);
     } else {
-      tma_load(arguments.b, full, target, box_column, d, static_cast<int>(work.expert));
+      column += box * Config::kBoxB;
+    }
+    if constexpr (Config::kWgrad) {
+      tma_load(arguments.b, full, target, column, d);
+    } else if constexpr (Config::kMajorB == Major::kK) {
+      tma_load(arguments.b, full, target, d, column, expert);
+    } else {
+      tma_load(arguments.b, full, target, column, d, expert);
     }
   }
 }
@@ -175,16 +196,18 @@ __device__ void load_stage(const ProductArguments& arguments, const Work& work, 
 template <typename Config>
 __device__ void produce(const ProductArguments& arguments, const SharedMemory<Config>& shared) {
   if (threadIdx.x != 0) return;
-  prefetch_map(arguments.a);
-  prefetch_map(arguments.b);
   RingPosition<Config::kStages> position;
   WorkQueue<Config> queue(arguments);
   for (Work work; queue.next(&work);) {
     const int steps = work.steps();
+#pragma unroll 1
     for (int step = 0; step < steps; ++step, position.advance()) {
+      const int64_t depth = work.depth + int64_t{step} * kBlockDepth;
+      Barrier* full = &shared.full[position.stage];
       barrier_wait(&shared.empty[position.stage], position.phase ^ 1);
-      load_stage<Config>(arguments, work, work.depth + int64_t{step} * kBlockDepth, shared.a(position.stage),
-                         shared.b(position.stage), &shared.full[position.stage]);
+      barrier_arrive_expect(full, Config::kStageBytes);
+      load_a<Config>(arguments, work, depth, shared.a(position.stage), full);
+      load_b<Config>(arguments, work, depth, shared.b(position.stage), full);
     }
   }
 }
@@ -195,10 +218,10 @@ __device__ void produce(const ProductArguments& arguments, const SharedMemory<Co
 // since zero times an infinity is NaN. All math threads must call.
 template <typename Config>
 __device__ void zero_depth_from(int valid, char* stage, int math_thread) {
-  constexpr int kBlocks = Config::kStageBytes / kBlockBytes, kRowChunks = kRowBytes / 16;
+  constexpr int kBlocks = Config::kStageBytes / kBlockBytes;
   const int chunks = (kBlockDepth - valid) * kRowChunks;
   for (int i = math_thread; i < kBlocks * chunks; i += kMathThreads) {
-    store_shared_16(stage + i / chunks * kBlockBytes + valid * kRowBytes + i % chunks * 16, uint4{0, 0, 0, 0});
+    store_shared_16(stage + i / chunks * kBlockBytes + valid * kRowBytes + i % chunks * 16, Chunk{});
   }
   fence_proxy_async();
   named_barrier(kMathBarrier, kMathThreads);
@@ -256,6 +279,8 @@ __device__ void multiply(const Work& work, const SharedMemory<Config>& shared, c
 }
 
 template <typename Config>
+__device__ void produce_gathered(const ProductArguments& arguments, const SharedMemory<Config>& shared);
+template <typename Config>
 __device__ void compute(const ProductArguments& arguments, const SharedMemory<Config>& shared, int warpgroup);
 
 template <typename Config>
@@ -263,9 +288,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     product_kernel(const MOE_GRID_CONSTANT ProductArguments arguments) {
   MOE_DYNAMIC_SHARED(char, memory);
   const SharedMemory<Config> shared(memory);
+  const bool gathers = arguments.gather.source != nullptr;
   if (threadIdx.x == 0) {
+    prefetch_map(arguments.a);
+    prefetch_map(arguments.b);
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      barrier_init(&shared.full[stage], 1);
+      // One thread announces the bytes of TMA; each of the producer announces its own copies.
+      barrier_init(&shared.full[stage], gathers ? 1 + kWarpgroup : 1);
       barrier_init(&shared.empty[stage], kMathThreads / kWarpSize);
     }
     barrier_init_fence();
@@ -275,7 +304,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
-    produce<Config>(arguments, shared);
+    gathers ? produce_gathered<Config>(arguments, shared) : produce<Config>(arguments, shared);
   } else {
     take_registers<kMathRegisters>();
     compute<Config>(arguments, shared, warpgroup - 1);
@@ -285,3 +314,4 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 }  // namespace moe_ext::sm90
 
 #include "product_finish.h"
+#include "product_gather.h"

@@ -1,41 +1,48 @@
-// The compiled sm_90a products, by name: <product>_<dtype>_<tile>. cmake/GroupedGemmKernels.cmake writes one file for
-// each dtype and tile; a name that stands here and not there does not link.
+// The compiled sm_90a products. cmake/GroupedGemmKernels.cmake writes the files that define these tables, one or two for
+// each dtype and tile; a table that stands here and not there does not link.
 #pragma once
 
-#include "../grouped_gemm_kernels.h"
+#include "../fused_gemm.h"
 
 namespace moe_ext::sm90 {
 
 // nullptr, or what went wrong.
-using ForwardLaunch = const char* (*)(const GroupedGemmArgs&, int multiprocessors);
-using WgradLaunch = const char* (*)(const GroupedWgradArgs&, int multiprocessors);
-
-#define MOE_DECLARE_PRODUCTS(dtype, tile)                                                      \
-  const char* forward_enk_##dtype##_##tile(const GroupedGemmArgs& args, int multiprocessors); \
-  const char* forward_ekn_##dtype##_##tile(const GroupedGemmArgs& args, int multiprocessors); \
-  const char* wgrad_##dtype##_##tile(const GroupedWgradArgs& args, int multiprocessors);      \
-  const char* wgrad_fp32_##dtype##_##tile(const GroupedWgradArgs& args, int multiprocessors);
-#define MOE_DECLARE_TILE(tile) MOE_DECLARE_PRODUCTS(bf16, tile) MOE_DECLARE_PRODUCTS(fp16, tile)
-MOE_DECLARE_TILE(128x256) MOE_DECLARE_TILE(128x128) MOE_DECLARE_TILE(64x256)
-#undef MOE_DECLARE_TILE
-#undef MOE_DECLARE_PRODUCTS
+using ForwardLaunch = const char* (*)(const FusedGemmArgs&, int multiprocessors);
+using WgradLaunch = const char* (*)(const GroupedWgradArgs&, const RowGather&, int multiprocessors);
 
 struct Products {
-  ForwardLaunch forward_enk, forward_ekn;
+  ForwardLaunch store[2];  // by WeightLayout
   WgradLaunch wgrad, wgrad_fp32;
 };
+// By RowMode, then WeightLayout.
+using FusedProducts = ForwardLaunch[3][2];
 
-// [bf16, fp16] of each tile, in the order of kSm90Tiles.
-#define MOE_PRODUCTS(dtype, tile) \
-  { forward_enk_##dtype##_##tile, forward_ekn_##dtype##_##tile, wgrad_##dtype##_##tile, wgrad_fp32_##dtype##_##tile }
-#define MOE_TILE(tile) \
-  { MOE_PRODUCTS(bf16, tile), MOE_PRODUCTS(fp16, tile) }
-inline constexpr Products kProducts[][2] = {MOE_TILE(128x256), MOE_TILE(128x128), MOE_TILE(64x256)};
-#undef MOE_TILE
-#undef MOE_PRODUCTS
+#define MOE_DECLARE_TILE(tile)                                                 \
+  extern const Products products_bf16_##tile, products_fp16_##tile;            \
+  extern const FusedProducts activated_bf16_##tile, activated_fp16_##tile;
+MOE_DECLARE_TILE(128x256)
+MOE_DECLARE_TILE(128x128)
+MOE_DECLARE_TILE(64x256)
+#undef MOE_DECLARE_TILE
+extern const FusedProducts differentiated_bf16_128x128, differentiated_fp16_128x128;
 
+// `tile`: a row of kSm90Tiles.
 inline const Products& products_of(int tile, GemmDtype dtype) {
-  return kProducts[tile][dtype == GemmDtype::kBFloat16 ? 0 : 1];
+  const Products* const products[][2] = {{&products_bf16_128x256, &products_fp16_128x256},
+                                         {&products_bf16_128x128, &products_fp16_128x128},
+                                         {&products_bf16_64x256, &products_fp16_64x256}};
+  return *products[tile][dtype == GemmDtype::kBFloat16 ? 0 : 1];
+}
+
+inline const FusedProducts& activated_of(int tile, GemmDtype dtype) {
+  const FusedProducts* const products[][2] = {{&activated_bf16_128x256, &activated_fp16_128x256},
+                                              {&activated_bf16_128x128, &activated_fp16_128x128},
+                                              {&activated_bf16_64x256, &activated_fp16_64x256}};
+  return *products[tile][dtype == GemmDtype::kBFloat16 ? 0 : 1];
+}
+
+inline const FusedProducts& differentiated_of(GemmDtype dtype) {
+  return dtype == GemmDtype::kBFloat16 ? differentiated_bf16_128x128 : differentiated_fp16_128x128;
 }
 
 }  // namespace moe_ext::sm90
