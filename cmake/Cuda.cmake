@@ -5,7 +5,6 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 enable_language(CUDA)
 include(Cutlass)
-include(GroupedGemmKernels)
 
 # "80;90a" -> sm_80 code with compute_80 PTX (so that later GPUs run), and sm_90a code.
 set(gencode_all "")
@@ -16,6 +15,8 @@ foreach(arch IN LISTS MOE_EXT_CUDA_ARCHS)
   endif()
   list(APPEND gencode_all ${gencode_${arch}})
 endforeach()
+
+set(sm90_sources ${sm90_product_sources} ${sm90_cutlass_sources})
 
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS csrc/*.cu)
 add_library(moe_ext_cuda SHARED ${cuda_sources})

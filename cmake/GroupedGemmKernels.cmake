@@ -1,27 +1,50 @@
-# Writes one .cu file per tensor-core kernel of csrc/grouped_gemm/tensor_core_kernels.h: name, element, layout of A,
-# layout of B, element of D. Files are apart because one takes most of a minute to compile.
+# Writes one .cu file per group of tensor-core kernels. Files are apart because CUTLASS's take most of a minute each.
+#   sm80_sources, sm90_cutlass_sources: one per name of csrc/grouped_gemm/tensor_core_kernels.h
+#   sm90_product_sources: one per dtype and tile of csrc/grouped_gemm/sm90/products.h
 set(generated "${CMAKE_BINARY_DIR}/grouped_gemm")
 set(sm80_sources "")
-set(sm90_sources "")
+set(sm90_cutlass_sources "")
+set(sm90_product_sources "")
 
-function(moe_ext_kernel kernel element layout_a layout_b element_d)
+# Name, element, layout of A, layout of B, element of D.
+function(moe_ext_cutlass_kernel kernel element layout_a layout_b element_d)
   configure_file(csrc/grouped_gemm/sm80/instantiation.cu.in "${generated}/sm80/${kernel}.cu" @ONLY)
   list(APPEND sm80_sources "${generated}/sm80/${kernel}.cu")
-  foreach(tile IN ITEMS cooperative pingpong)
-    string(REPLACE "cooperative" "CooperativeTile" Tile "${tile}")
-    string(REPLACE "pingpong" "PingpongTile" Tile "${Tile}")
-    configure_file(csrc/grouped_gemm/sm90/instantiation.cu.in "${generated}/sm90/${kernel}_${tile}.cu" @ONLY)
-    list(APPEND sm90_sources "${generated}/sm90/${kernel}_${tile}.cu")
-  endforeach()
+  configure_file(csrc/grouped_gemm/sm90/cutlass_instantiation.cu.in "${generated}/sm90_cutlass/${kernel}.cu" @ONLY)
+  list(APPEND sm90_cutlass_sources "${generated}/sm90_cutlass/${kernel}.cu")
   set(sm80_sources "${sm80_sources}" PARENT_SCOPE)
-  set(sm90_sources "${sm90_sources}" PARENT_SCOPE)
+  set(sm90_cutlass_sources "${sm90_cutlass_sources}" PARENT_SCOPE)
 endfunction()
 
 foreach(short IN ITEMS bf16 fp16)
   string(REPLACE "bf16" "bfloat16_t" element "${short}")
   string(REPLACE "fp16" "half_t" element "${element}")
-  moe_ext_kernel(forward_enk_${short} ${element} RowMajor ColumnMajor cutlass::${element})
-  moe_ext_kernel(forward_ekn_${short} ${element} RowMajor RowMajor cutlass::${element})
-  moe_ext_kernel(wgrad_${short} ${element} ColumnMajor RowMajor cutlass::${element})
-  moe_ext_kernel(wgrad_${short}_fp32 ${element} ColumnMajor RowMajor float)
+  moe_ext_cutlass_kernel(forward_enk_${short} ${element} RowMajor ColumnMajor cutlass::${element})
+  moe_ext_cutlass_kernel(forward_ekn_${short} ${element} RowMajor RowMajor cutlass::${element})
+  moe_ext_cutlass_kernel(wgrad_${short} ${element} ColumnMajor RowMajor cutlass::${element})
+  moe_ext_cutlass_kernel(wgrad_${short}_fp32 ${element} ColumnMajor RowMajor float)
+endforeach()
+
+# Table of products.h, what becomes of the product, dtype, tile.
+function(moe_ext_fused_products table finish dtype element rows columns stages)
+  set(file "${generated}/sm90/${table}_${dtype}_${rows}x${columns}.cu")
+  configure_file(csrc/grouped_gemm/sm90/fused_products.cu.in "${file}" @ONLY)
+  set(sm90_product_sources "${sm90_product_sources};${file}" PARENT_SCOPE)
+endfunction()
+
+# Rows, columns, stages: the rows of kSm90Tiles in csrc/grouped_gemm/tile_choice.h.
+foreach(dtype IN ITEMS bf16 fp16)
+  string(REPLACE "bf16" "BFloat16" element "${dtype}")
+  string(REPLACE "fp16" "Half" element "${element}")
+  foreach(tile IN ITEMS 128,256,4 128,128,6 64,256,4)
+    string(REPLACE "," ";" tile "${tile}")
+    list(GET tile 0 rows)
+    list(GET tile 1 columns)
+    list(GET tile 2 stages)
+    set(file "${generated}/sm90/products_${dtype}_${rows}x${columns}.cu")
+    configure_file(csrc/grouped_gemm/sm90/products.cu.in "${file}" @ONLY)
+    list(APPEND sm90_product_sources "${file}")
+    moe_ext_fused_products(activated kActivate ${dtype} ${element} ${rows} ${columns} ${stages})
+  endforeach()
+  moe_ext_fused_products(differentiated kDifferentiate ${dtype} ${element} 128 128 6)
 endforeach()

@@ -187,6 +187,24 @@ def test_larger_than_a_tile(layout, device):
         Case(shape, "zipf", device=device, layout=layout, bias=True).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation, gate_up_layout", [
+    ("swiglu", "concatenated"), ("swiglu_clamped", "interleaved"), ("relu_squared", "concatenated"),
+])  # fmt: skip
+def test_tensor_cores(activation, gate_up_layout, layout, dtype, device):
+    """Aligned for tensor cores; more than one tile of rows and of columns, padding rows, dropped slots, idle experts."""
+    for shape, routing, bias in [((90, 72, 136, 3, 2), "dropped", True), ((150, 136, 72, 4, 1), "one_hot", False)]:
+        case = Case(
+            shape, routing, dtype=dtype, device=device, layout=layout, bias=bias, row_alignment=8, weighted=not bias,
+            activation=activation, gate_up_layout=gate_up_layout,
+        )  # fmt: skip
+        case.check()
+        assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
+        case.args = (*case.args[:3], make_topk_weights(shape[0], shape[4], device), *case.args[4:])
+        case.check()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, device):
     case = Case((20, 24, 16, 3, 2), "dropped", device=device, layout=layout, bias=True)

@@ -90,6 +90,68 @@ def test_larger_than_a_tile(shape, layout, device):
     assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
 
 
+# Aligned for tensor cores: several tiles in every direction; features that end inside a tile or a 64-deep stage; groups
+# that end inside a tile; one row; more experts than rows.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(200, 136, 328, 3, 2), (1, 64, 8, 2, 1), (130, 328, 264, 1, 1), (40, 8, 72, 60, 2)])
+def test_tensor_cores(shape, layout, dtype, device):
+    case = Case(shape, "zipf", dtype=dtype, device=device, layout=layout)
+    case.check()
+    assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
+    wgrad = moe_ext.grouped_gemm_wgrad(
+        case.input, case.grad, case.offsets, weight_layout=layout, out_dtype=torch.float32
+    )
+    exact = reference.grouped_gemm_wgrad(
+        case.input.double(), case.grad.double(), case.offsets, weight_layout=layout
+    )
+    assert relative_error(wgrad, exact) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout, gather, bias", [("enk", True, True), ("ekn", True, False), ("enk", False, True)])
+@pytest.mark.parametrize("activation, gate_up_layout", [
+    ("none", "concatenated"), ("swiglu", "concatenated"), ("swiglu_clamped", "interleaved"), ("gelu", "concatenated"),
+])  # fmt: skip
+def test_tensor_cores_fused(activation, gate_up_layout, layout, gather, bias, dtype, device):
+    """Gather, bias and activation around tiles that groups and features cut; rows without a slot."""
+    for shape, routing in [((150, 136, 168, 3, 2), "zipf"), ((70, 72, 264, 5, 2), "dropped")]:
+        case = Case(
+            shape, routing, dtype=dtype, device=device, layout=layout, gather=gather, bias=bias, row_alignment=8,
+            activation=activation,
+        )  # fmt: skip
+        case.activation["gate_up_layout"] = gate_up_layout
+        case.check()
+        assert_deterministic(case.forward(moe_ext), case.args, [case.grad])
+        with torch.no_grad():  # no pre-activation is kept
+            exact = case.forward(reference)(*(None if a is None else a.double() for a in case.args))
+            assert relative_error(case.forward(moe_ext)(*case.args), exact) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_stay_with_their_expert(bad, layout, dtype, device):
+    """An infinity or NaN in the rows of one expert, or in its weight, reaches no other expert's results."""
+    offsets = torch.tensor([3, 73, 73, 100, 230, 230], dtype=torch.int32, device=device)
+    rows, grad = (make_rows(240, width, dtype=dtype, device=device, seed=s) for width, s in ((72, 2), (136, 5)))
+    weight = make_rows(5, *((136, 72) if layout == "enk" else (72, 136)), dtype=dtype, device=device, seed=3)
+    clean = (
+        moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout),
+        moe_ext.grouped_gemm_wgrad(rows, grad, offsets, weight_layout=layout),
+    )
+    for x in (rows, grad):
+        x[:3], x[73:100], x[230:] = bad, bad, bad
+    weight[2] = bad
+    output = moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout)
+    wgrad = moe_ext.grouped_gemm_wgrad(rows, grad, offsets, weight_layout=layout)
+    others = [0, 1, 3, 4]
+    assert torch.equal(wgrad[others], clean[1][others]) and (wgrad[[1, 4]] == 0).all()
+    assert not wgrad[2].isfinite().any()
+    kept = torch.cat([torch.arange(73), torch.arange(100, 240)]).to(device)
+    assert torch.equal(output[kept], clean[0][kept]) and not output[73:100].isfinite().any()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strided_inputs(layout, device):
     case = Case((33, 17, 13, 7, 2), "zipf", device=device, layout=layout, bias=True)

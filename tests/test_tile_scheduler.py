@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,11 +23,25 @@ extern "C" void find(const int* offsets, long long num_experts, long long max_ro
   const auto found = moe_ext::find_row_tile(offsets, num_experts, max_rows, block_rows, tile);
   out[0] = found.expert, out[1] = found.rows.begin, out[2] = found.rows.end;
 }
+extern "C" long long walk(const int* offsets, long long num_experts, long long max_rows, long long block_rows,
+                          long long column_tiles, long long first, long long step, long long* out, long long capacity) {
+  moe_ext::GroupedRowTiles tiles{offsets, num_experts, max_rows, block_rows, column_tiles, first, step};
+  moe_ext::GroupedRowTiles::Tile tile;
+  long long count = 0;
+  for (; count < capacity && tiles.next(&tile); ++count, out += 4) {
+    out[0] = tile.expert, out[1] = tile.row, out[2] = tile.end, out[3] = tile.column;
+  }
+  return count;
+}
+extern "C" void banded(long long index, long long row_tiles, long long column_tiles, long long* out) {
+  const auto position = moe_ext::banded_position(index, row_tiles, column_tiles);
+  out[0] = position.row, out[1] = position.column;
+}
+extern "C" const char* tile_name(int index) { return moe_ext::kSm90Tiles[index].name; }
 extern "C" int choose(long long groups, long long rows, long long columns, long long multiprocessors) {
   return static_cast<int>(moe_ext::choose_sm90_tile(groups, rows, columns, multiprocessors));
 }
 """
-COOPERATIVE, PINGPONG = 0, 1
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +58,11 @@ def scheduler(tmp_path_factory):
     loaded.bound.restype = ctypes.c_longlong
     loaded.bound.argtypes = [ctypes.c_longlong] * 3
     loaded.find.argtypes = [ctypes.c_void_p, *[ctypes.c_longlong] * 4, ctypes.c_void_p]
+    loaded.walk.restype = ctypes.c_longlong
+    loaded.walk.argtypes = [ctypes.c_void_p, *[ctypes.c_longlong] * 6, ctypes.c_void_p, ctypes.c_longlong]
+    loaded.banded.argtypes = [*[ctypes.c_longlong] * 3, ctypes.c_void_p]
     loaded.choose.argtypes = [ctypes.c_longlong] * 4
+    loaded.tile_name.restype = ctypes.c_char_p
     return loaded
 
 
@@ -102,6 +121,76 @@ def test_malformed_offsets_stay_in_range(offsets, scheduler):
         assert 0 <= out[0] < 4 and 0 <= out[1] <= out[2] <= 100
 
 
-def test_tile_choice(scheduler):
-    assert scheduler.choose(8, 4096, 7168, 132) == COOPERATIVE  # large groups fill the machine with large tiles
-    assert scheduler.choose(128, 4, 1536, 132) == PINGPONG  # a few rows per expert: small tiles waste less
+def walk(scheduler, offsets, max_rows, block_rows, column_tiles, first, step, capacity=100_000) -> np.ndarray:
+    """(expert, first row, end of the group, column tile) of every tile of one block of the persistent kernels."""
+    out = np.zeros((capacity, 4), dtype=np.int64)
+    data = np.asarray(offsets, dtype=np.int32)
+    count = scheduler.walk(
+        data.ctypes.data, len(data) - 1, max_rows, block_rows, column_tiles, first, step, out.ctypes.data, capacity
+    )
+    return out[:count]
+
+
+@pytest.mark.parametrize("kind", ["random", "empty", "one_hot", "half_empty", "exact"])
+@pytest.mark.parametrize("num_experts", [1, 3, 300])
+@pytest.mark.parametrize("block_rows", [64, 128])
+@pytest.mark.parametrize("blocks", [1, 7, 132])
+def test_every_tile_in_one_block(kind, num_experts, block_rows, blocks, scheduler):
+    """Each output tile exactly once, and blocks differ by at most one tile, whatever the groups."""
+    sizes, column_tiles = group_sizes(kind, num_experts, np.random.default_rng(1)), 5
+    offsets = np.concatenate([[0], sizes.cumsum()]) + 3  # rows of no expert in front
+    max_rows = int(offsets[-1]) + 11
+    per_block = [walk(scheduler, offsets, max_rows, block_rows, column_tiles, b, blocks) for b in range(blocks)]
+    found = sorted(map(tuple, np.concatenate(per_block).tolist()))
+    expected = sorted(
+        (e, row, int(offsets[e + 1]), column)
+        for e in range(num_experts)
+        for row in range(int(offsets[e]), int(offsets[e + 1]), block_rows)
+        for column in range(column_tiles)
+    )
+    assert found == expected
+    counts = [len(tiles) for tiles in per_block]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("row_tiles, column_tiles", [(1, 1), (1, 40), (8, 3), (21, 7), (64, 1)])
+def test_bands_share_a_column(row_tiles, column_tiles, scheduler):
+    out, found = np.zeros(2, dtype=np.int64), []
+    for index in range(row_tiles * column_tiles):
+        scheduler.banded(index, row_tiles, column_tiles, out.ctypes.data)
+        found.append(tuple(out.tolist()))
+    assert sorted(found) == [(r, c) for r in range(row_tiles) for c in range(column_tiles)]
+    if row_tiles >= 8:
+        assert found[:8] == [(r, 0) for r in range(8)]
+
+
+def test_tiles_past_int32(scheduler):
+    """2^31 - 1 rows of 2^20 column tiles: tile numbers and elements far past 2^31."""
+    offsets, max_rows, block_rows, column_tiles = [0, 2**30, 2**31 - 200, 2**31 - 1], 2**31 - 1, 128, 2**20
+    tiles_of = [-(-(b - a) // block_rows) * column_tiles for a, b in itertools.pairwise(offsets)]
+    last = walk(scheduler, offsets, max_rows, block_rows, column_tiles, sum(tiles_of) - 1, 132)
+    assert last.tolist() == [[2, 2**31 - 200 + 128, 2**31 - 1, column_tiles - 1]]
+    first = walk(scheduler, offsets, max_rows, block_rows, column_tiles, tiles_of[0], sum(tiles_of))
+    assert first.tolist() == [[1, 2**30, 2**31 - 200, 0]]
+    assert len(walk(scheduler, offsets, max_rows, block_rows, column_tiles, sum(tiles_of), 1)) == 0
+
+
+@pytest.mark.parametrize("offsets", [[0, -5, 90, 20, 3000], [50, 10, 10, 7, 0], [2**31 - 1, -(2**31), 5, 2**31 - 1, 1]])
+def test_walk_over_malformed_offsets(offsets, scheduler):
+    tiles = walk(scheduler, offsets, 100, 16, 3, 0, 1)
+    assert len(tiles) <= 4 * 7 * 3
+    assert ((tiles[:, 1] >= 0) & (tiles[:, 1] < tiles[:, 2]) & (tiles[:, 2] <= 100)).all()
+
+
+def test_tile_choice(scheduler, monkeypatch):
+    def choose(*shape: int) -> str:
+        return scheduler.tile_name(scheduler.choose(*shape)).decode()
+
+    monkeypatch.delenv("MOE_EXT_SM90_TILE", raising=False)
+    assert choose(8, 4096, 7168, 132) == "128x256"  # large groups fill the machine with large tiles
+    assert choose(128, 40, 1536, 132) == "64x256"  # a few rows per expert: small tiles waste less
+    for name in ("128x128", "cutlass_128x256"):
+        monkeypatch.setenv("MOE_EXT_SM90_TILE", name)
+        assert choose(8, 4096, 7168, 132) == name
+    monkeypatch.setenv("MOE_EXT_SM90_TILE", "unknown")
+    assert choose(8, 4096, 7168, 132) == "128x256"

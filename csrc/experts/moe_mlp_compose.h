@@ -1,8 +1,8 @@
 // moe_mlp and its backward as compositions; a backend's file instantiates them.
 //
-// A Backend has grouped_gemm, grouped_gemm_wgrad, grouped_bias_grad, permute, unpermute, mlp_rows_backward and
-// down_bias_grad as static functions, and kGathersFirst: whether rows are better gathered once into memory (the CPU)
-// than by each GEMM that reads them.
+// A Backend has grouped_gemm, grouped_gemm_wgrad, grouped_bias_grad, permute, unpermute, mlp_rows_backward,
+// fused_mlp_rows_backward and down_bias_grad as static functions. Where the fused kernel runs, all products gather their
+// rows themselves; else rows are gathered once into memory for all that read them.
 #pragma once
 
 #include "../common/optional_tensor.h"
@@ -44,16 +44,6 @@ struct GatheredRows {
 };
 
 template <typename Backend>
-GatheredRows gather_rows(const Tensor& tokens, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
-                         int64_t topk) {
-  if constexpr (Backend::kGathersFirst) {
-    return {Backend::permute(tokens, permuted_to_slot, slot_to_permuted, topk), std::nullopt, std::nullopt};
-  } else {
-    return {tokens, permuted_to_slot, slot_to_permuted};
-  }
-}
-
-template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,
     const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
@@ -87,28 +77,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const Tensor rows = torch::stable::contiguous(pre_activation);
 
-  const GatheredRows grad_rows = gather_rows<Backend>(gradient, slots, slot_to_permuted, topk);
-  // dA' first; mlp_rows_backward turns it into s * A in place.
-  const Tensor activated = grouped_gemm(grad_rows, down_weight);
-  const MlpRows mlp_rows = {rows, activated, gradient, offsets, slots, weights, bias, shape.maps, shape.activation};
-  const auto [grad_pre_activation, grad_topk_weights] = Backend::mlp_rows_backward(mlp_rows);
+  const MlpRows mlp_rows = {rows, gradient, offsets, slots, weights, bias, shape.maps, shape.activation};
+  const std::optional<MlpRowGradients> fused = Backend::fused_mlp_rows_backward(mlp_rows, down_weight, backward_layout);
+  const auto gather = [&](const Tensor& tokens) -> GatheredRows {
+    if (fused) return {tokens, slots, slot_to_permuted};
+    return {Backend::permute(tokens, slots, slot_to_permuted, topk), std::nullopt, std::nullopt};
+  };
+  const GatheredRows grad_rows = gather(gradient);
+  const MlpRowGradients row_gradients =
+      fused ? *fused : Backend::mlp_rows_backward(mlp_rows, grouped_gemm(grad_rows, down_weight));
   // The gathered side is wgrad's `input`, so the two factors of the down projection change places.
   const Tensor grad_down_weight =
-      Backend::grouped_gemm_wgrad(grad_rows.rows, activated, expert_offsets, backward_layout,
+      Backend::grouped_gemm_wgrad(grad_rows.rows, row_gradients.scaled, expert_offsets, backward_layout,
                                   grad_rows.permuted_to_slot, grad_rows.slot_to_permuted, topk, std::nullopt);
-  const GatheredRows input_rows = gather_rows<Backend>(input, slots, slot_to_permuted, topk);
+  const GatheredRows input_rows = gather(input);
   const Tensor grad_gate_up_weight =
-      Backend::grouped_gemm_wgrad(input_rows.rows, grad_pre_activation, expert_offsets, weight_layout,
+      Backend::grouped_gemm_wgrad(input_rows.rows, row_gradients.grad_pre_activation, expert_offsets, weight_layout,
                                   input_rows.permuted_to_slot, input_rows.slot_to_permuted, topk, std::nullopt);
   const Tensor grad_input =
-      Backend::unpermute(grouped_gemm({grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight), slots,
+      Backend::unpermute(grouped_gemm({row_gradients.grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight), slots,
                          slot_to_permuted, std::nullopt, topk);
   const Tensor grad_gate_up_bias = gate_up_bias
-                                       ? Backend::grouped_bias_grad(grad_pre_activation, expert_offsets, std::nullopt)
+                                       ? Backend::grouped_bias_grad(row_gradients.grad_pre_activation, expert_offsets, std::nullopt)
                                        : torch::stable::new_empty(input, {0, shape.gate_up_width});
   const Tensor grad_down_bias = down_bias ? Backend::down_bias_grad(mlp_rows, down_bias->scalar_type())
                                           : torch::stable::new_empty(input, {0, shape.hidden_size});
-  return {grad_input, grad_gate_up_weight, grad_down_weight, grad_topk_weights, grad_gate_up_bias, grad_down_bias};
+  return {grad_input, grad_gate_up_weight, grad_down_weight, row_gradients.grad_topk_weights, grad_gate_up_bias, grad_down_bias};
 }
 
 // Defines moe_mlp and moe_mlp_backward inside the namespace of a backend.

@@ -8,7 +8,6 @@ namespace moe_ext::cpu {
 namespace {
 
 struct Backend {
-  static constexpr bool kGathersFirst = true;
   static constexpr auto grouped_gemm = &cpu::grouped_gemm;
   static constexpr auto grouped_gemm_wgrad = &cpu::grouped_gemm_wgrad;
   static constexpr auto grouped_bias_grad = &cpu::grouped_bias_grad;
@@ -16,6 +15,9 @@ struct Backend {
   static constexpr auto unpermute = &cpu::unpermute;
   static constexpr auto mlp_rows_backward = &cpu::mlp_rows_backward;
   static constexpr auto down_bias_grad = &cpu::down_bias_grad;
+  static std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows&, const Tensor&, const std::string&) {
+    return {};
+  }
 };
 
 }  // namespace

@@ -10,7 +10,7 @@
 #pragma once
 
 #include <optional>
-#include <tuple>
+#include <string>
 
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
@@ -20,7 +20,6 @@ namespace moe_ext {
 
 struct MlpRows {
   const Tensor& pre_activation;               // [M, 2I] or [M, I]
-  const Tensor& grad_activated;               // [M, I], overwritten
   const Tensor& grad_output;                  // [T, H], read only for down_bias
   const Tensor& expert_offsets;               // [E + 1]
   const Tensor& permuted_to_slot;             // [M]
@@ -30,16 +29,26 @@ struct MlpRows {
   ActivationSpec activation;
 };
 
-// All tensors contiguous. mlp_rows_backward returns (grad_pre_activation [M, 2I or I], grad_topk_weights [T, topk], or
-// [0, topk] without topk_weights). down_bias_grad sums s * dO[token] over the rows of each expert: [E, H].
-#define MOE_DECLARE_MLP_ROWS                                  \
-  std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows); \
+struct MlpRowGradients {
+  Tensor grad_pre_activation;  // [M, 2I or I]
+  Tensor scaled;               // s * A, [M, I]
+  Tensor grad_topk_weights;    // [T, topk], or [0, topk] without topk_weights
+};
+
+// All tensors contiguous. mlp_rows_backward overwrites `grad_activated`, which holds dA', with s * A. down_bias_grad sums
+// s * dO[token] over the rows of each expert: [E, H].
+#define MOE_DECLARE_MLP_ROWS                                                         \
+  MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated); \
   Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
 namespace cpu {
 MOE_DECLARE_MLP_ROWS
 }
 namespace cuda {
 MOE_DECLARE_MLP_ROWS
+// dA' = gathered dO times `down_weight` (of `layout`) and the row-wise half above in one kernel; nothing where there is
+// none for these shapes and this device.
+std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows& rows, const Tensor& down_weight,
+                                                       const std::string& layout);
 }
 #undef MOE_DECLARE_MLP_ROWS
 

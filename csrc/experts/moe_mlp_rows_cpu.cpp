@@ -29,9 +29,9 @@ accumulate_t<scalar_t> dot(const scalar_t* a, const scalar_t* b, int64_t width) 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
+MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated) {
   const RowMaps maps = rows.maps;
-  const int64_t row_width = rows.pre_activation.size(1), width = rows.grad_activated.size(1);
+  const int64_t row_width = rows.pre_activation.size(1), width = grad_activated.size(1);
   const int64_t hidden_size = rows.grad_output.size(1);
   const std::vector<int64_t> boundaries = group_boundaries(rows.expert_offsets, maps.num_rows);
   Tensor grad_pre_activation = new_empty_large(rows.pre_activation, {maps.num_rows, row_width});
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
     const auto* source = rows.pre_activation.const_data_ptr<scalar_t>();
-    auto* gradient = rows.grad_activated.mutable_data_ptr<scalar_t>();
+    auto* gradient = grad_activated.mutable_data_ptr<scalar_t>();
     const auto* grad_output = rows.grad_output.const_data_ptr<scalar_t>();
     const auto* slot_of_row = rows.permuted_to_slot.const_data_ptr<int32_t>();
     const auto* weights = rows.topk_weights ? rows.topk_weights->const_data_ptr<acc_t>() : nullptr;
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
       });
     });
   });
-  return {grad_pre_activation, grad_weights};
+  return {grad_pre_activation, grad_activated, grad_weights};
 }
 
 Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype) {

@@ -137,18 +137,18 @@ unsigned blocks_for(int64_t num_rows) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
+MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated) {
   const RowMaps maps = rows.maps;
-  const int64_t row_width = rows.pre_activation.size(1), width = rows.grad_activated.size(1);
+  const int64_t row_width = rows.pre_activation.size(1), width = grad_activated.size(1);
   const int64_t hidden_size = rows.grad_output.size(1);
   const DeviceGuard guard(rows.grad_output.get_device_index());
   Tensor grad_pre_activation = torch::stable::new_empty(rows.pre_activation, {maps.num_rows, row_width});
   // Dropped slots have no row: their weight gradient stays zero.
   Tensor grad_weights = torch::stable::new_zeros(rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk},
                                                  ScalarType::Float);
-  if (maps.num_rows == 0) return {grad_pre_activation, grad_weights};
+  if (maps.num_rows == 0) return {grad_pre_activation, grad_activated, grad_weights};
   RowsProblem problem = {rows.pre_activation.const_data_ptr(),
-                         rows.grad_activated.mutable_data_ptr(),
+                         grad_activated.mutable_data_ptr(),
                          grad_pre_activation.mutable_data_ptr(),
                          rows.grad_output.const_data_ptr(),
                          rows.down_bias ? rows.down_bias->const_data_ptr() : nullptr,
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows) {
       }
     });
   });
-  return {grad_pre_activation, grad_weights};
+  return {grad_pre_activation, grad_activated, grad_weights};
 }
 
 Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype) {

@@ -1,4 +1,5 @@
-// grouped_gemm on CUDA: gather, product, and bias with activation, each a pass of its own.
+// grouped_gemm on CUDA: one kernel where there is one for all of it (fused_gemm.h); else gather, product, and bias with
+// activation, each a pass of its own.
 // Traffic beside the product: a gather reads and writes M*K elements; bias or activation reads M*N and writes M*N
 //   (bias, or a kept pre-activation) and the activated rows.
 #include "grouped_gemm.h"
@@ -9,9 +10,45 @@
 #include "../common/optional_tensor.h"
 #include "../experts/activation_epilogue.h"
 #include "../permutation/permute.h"
+#include "fused_gemm.h"
 #include "launch_arguments.h"
 
 namespace moe_ext::cuda {
+namespace {
+
+// Gather, product, bias and activation in one kernel; nothing if there is none for these shapes and this device.
+// Everything contiguous.
+std::optional<std::tuple<Tensor, Tensor>> multiply_fused(const GroupedGemmShape& shape, const Tensor& input,
+                                                         const StoredWeight& stored, const Tensor& offsets,
+                                                         const std::optional<Tensor>& biases,
+                                                         const std::optional<Tensor>& slots,
+                                                         bool save_pre_activation) {
+  const bool activates = shape.activation.kind != Activation::kNone;
+  if (!activates && !biases && !slots) return {};
+  FusedGemmArgs args = {};
+  args.gemm = {slots ? nullptr : input.const_data_ptr(), stored.weight.const_data_ptr(), nullptr,
+               offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows, shape.out_features,
+               shape.in_features, stored.layout, gemm_dtype(input, "input"), nullptr, input.get_device_index(),
+               current_stream(input)};
+  if (slots) args.gather = row_gather(input, *slots, *shape.gather);
+  args.bias = biases ? biases->const_data_ptr() : nullptr;
+  args.mode = row_mode(shape.activation);
+  args.activation = on_device(shape.activation);
+  if (!fuses(args)) return {};
+  const bool keep_product = !activates || save_pre_activation;
+  Tensor product = torch::stable::new_empty(input, {keep_product ? shape.num_rows : 0, shape.out_features});
+  if (keep_product) args.gemm.output = product.mutable_data_ptr();
+  if (!activates) {
+    check_launched("grouped_gemm", launch_fused_grouped_gemm(args));
+    return std::tuple(product, torch::stable::new_empty(input, {0, shape.out_features}));
+  }
+  Tensor output = torch::stable::new_empty(input, {shape.num_rows, shape.activation.output_width(shape.out_features)});
+  args.activated = output.mutable_data_ptr();
+  check_launched("grouped_gemm", launch_fused_grouped_gemm(args));
+  return std::tuple(output, product);
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weight, const Tensor& expert_offsets,
                                         std::string weight_layout, const std::optional<Tensor>& bias,
@@ -24,11 +61,15 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
                          activation, gate_up_layout, activation_alpha, activation_limit);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
-  const Tensor rows =
-      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
+  const Tensor source = torch::stable::contiguous(input);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const std::optional<Tensor> biases = contiguous_if_any(bias);
   const StoredWeight stored(weight, shape.layout);
+  if (auto fused = multiply_fused(shape, source, stored, offsets, biases, contiguous_if_any(permuted_to_slot),
+                                  save_pre_activation)) {
+    return *fused;
+  }
+  const Tensor rows = shape.gather ? permute(source, *permuted_to_slot, *slot_to_permuted, topk) : source;
   const Workspace workspace(input, shape.num_experts);
   Tensor product = torch::stable::new_empty(input, {shape.num_rows, shape.out_features});
   check_launched("grouped_gemm",

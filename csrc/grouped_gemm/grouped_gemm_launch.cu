@@ -1,139 +1,50 @@
-// Picks the kernel of a grouped product: sm90/ or sm80/ tensor cores where shapes allow, else simt/. Also the small
-// kernels around them: zeroing what no product writes, and the bias gradient.
-// zero kernels: one write per byte zeroed. bias gradient: one block per (expert, 32 vectors of columns), its warps
-// stride over the rows with 16-byte loads, partial sums meet in shared memory in warp order: deterministic; M*N
-// elements read.
+// Picks the kernel of a grouped product: sm90/ or sm80/ tensor cores where shapes allow, else simt/. Also the bias
+// gradient: one block per (expert, 32 vectors of columns), its warps stride over the rows with 16-byte loads, partial
+// sums meet in shared memory in warp order: deterministic; M*N elements read.
 #include "../common/cuda_launch.h"
 #include "grouped_gemm_kernels.h"
+#include "kernel_choice.h"
+#include "sm90/products.h"
 #include "simt/grouped_gemm_simt.h"
 #include "tensor_core_kernels.h"
-#include "tile_choice.h"
 #include "tile_scheduler.h"
+#include "zero_rows.h"
 
 namespace moe_ext {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kTensorCoreAlignment = 16;
-constexpr int kZeroBlocksPerMultiprocessor = 4;
 
-struct DeviceProperties {
-  int capability = 0, multiprocessors = 0;
-};
+using CutlassKernel = const char* (*)(const TensorCoreProblem&);
 
-DeviceProperties read_device(int device) {
-#ifdef MOE_EXT_EMULATED
-  return {0, 3};
+// The CUTLASS kernel for this device, or nullptr if none was compiled for it.
+CutlassKernel pick(const DeviceProperties& device, CutlassKernel sm90, CutlassKernel sm80) {
+  return device.capability == 90 && sm90 ? sm90 : device.capability >= 80 ? sm80 : nullptr;
+}
+
+#if defined(MOE_EXT_HAS_SM90) && !defined(MOE_EXT_EMULATED)
+#define MOE_SM90(name) sm90_cutlass::name
 #else
-  int major = 0, minor = 0;
-  DeviceProperties properties;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&properties.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  properties.capability = 10 * major + minor;
-  return properties;
-#endif
-}
-
-int element_bytes(GemmDtype dtype) { return dtype == GemmDtype::kFloat32 ? 4 : 2; }
-
-// Tensor-core kernels: 16-bit elements, 16-byte aligned rows and pointers.
-bool fits_tensor_cores(GemmDtype dtype, int64_t n, int64_t k, std::initializer_list<const void*> pointers) {
-  bool fits = dtype != GemmDtype::kFloat32 && n * 2 % kTensorCoreAlignment == 0 && k * 2 % kTensorCoreAlignment == 0;
-  for (const void* pointer : pointers) fits = fits && reinterpret_cast<uintptr_t>(pointer) % kTensorCoreAlignment == 0;
-  return fits;
-}
-
-using TensorCoreKernel = const char* (*)(const TensorCoreProblem&);
-
-// The kernel for this device, or nullptr if none was compiled for it.
-TensorCoreKernel pick(const DeviceProperties& device, Sm90Tile tile, TensorCoreKernel cooperative,
-                      TensorCoreKernel pingpong, TensorCoreKernel sm80) {
-  if (device.capability == 90 && cooperative) return tile == Sm90Tile::kCooperative ? cooperative : pingpong;
-  return device.capability >= 80 ? sm80 : nullptr;
-}
-
-#ifdef MOE_EXT_HAS_SM90
-#define MOE_SM90(name) sm90::name##_cooperative, sm90::name##_pingpong
-#else
-#define MOE_SM90(name) nullptr, nullptr
+#define MOE_SM90(name) nullptr
 #endif
 #ifdef MOE_EXT_HAS_SM80
 #define MOE_SM80(name) sm80::name
 #else
 #define MOE_SM80(name) nullptr
 #endif
-#define MOE_PICK(name) pick(device, tile, MOE_SM90(name), MOE_SM80(name))
+#define MOE_PICK(name) pick(device, MOE_SM90(name), MOE_SM80(name))
 
-TensorCoreKernel pick_forward(const DeviceProperties& device, Sm90Tile tile, WeightLayout layout, GemmDtype dtype) {
+CutlassKernel pick_forward(const DeviceProperties& device, WeightLayout layout, GemmDtype dtype) {
   if (layout == WeightLayout::kENK) {
     return dtype == GemmDtype::kBFloat16 ? MOE_PICK(forward_enk_bf16) : MOE_PICK(forward_enk_fp16);
   }
   return dtype == GemmDtype::kBFloat16 ? MOE_PICK(forward_ekn_bf16) : MOE_PICK(forward_ekn_fp16);
 }
 
-TensorCoreKernel pick_wgrad(const DeviceProperties& device, Sm90Tile tile, GemmDtype dtype, bool float32_output) {
+CutlassKernel pick_wgrad(const DeviceProperties& device, GemmDtype dtype, bool float32_output) {
   if (float32_output) return dtype == GemmDtype::kBFloat16 ? MOE_PICK(wgrad_bf16_fp32) : MOE_PICK(wgrad_fp16_fp32);
   return dtype == GemmDtype::kBFloat16 ? MOE_PICK(wgrad_bf16) : MOE_PICK(wgrad_fp16);
-}
-
-// Zeroes the rows before the first expert and past the last. `Word` is 16 bytes, or one element where rows are
-// unaligned.
-template <typename Word>
-__global__ void __launch_bounds__(kThreads)
-    zero_rows_of_no_expert_kernel(Word* __restrict__ output, const int32_t* __restrict__ expert_offsets,
-                                  int64_t num_experts, int64_t max_rows, int64_t row_words) {
-  const int64_t begin = rows_of_expert(expert_offsets, 0, max_rows).begin;
-  const int64_t end = rows_of_expert(expert_offsets, num_experts - 1, max_rows).end;
-  const int64_t head = begin * row_words, total = (begin + max_rows - (end < begin ? begin : end)) * row_words;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total; i += stride) {
-    output[i < head ? i : max_rows * row_words - total + i] = Word{};
-  }
-}
-
-// Zeroes the gradients of empty experts; blockIdx.y splits one expert's words.
-template <typename Word>
-__global__ void __launch_bounds__(kThreads)
-    zero_empty_kernel(Word* __restrict__ grad_weight, const int32_t* __restrict__ expert_offsets, int64_t num_experts,
-                      int64_t max_rows, int64_t expert_words) {
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * kThreads;
-  for (int64_t expert = blockIdx.x; expert < num_experts; expert += gridDim.x) {
-    const RowRange range = rows_of_expert(expert_offsets, expert, max_rows);
-    if (range.begin != range.end) continue;
-    Word* words = grad_weight + expert * expert_words;
-    for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < expert_words; i += stride) {
-      words[i] = Word{};
-    }
-  }
-}
-
-using Word16 = Vector<uint32_t, 4>;
-
-void zero_rows_of_no_expert(const GroupedGemmArgs& args, int multiprocessors) {
-  const int64_t row_bytes = args.n * element_bytes(args.dtype);
-  const unsigned blocks = multiprocessors * kZeroBlocksPerMultiprocessor;
-  const bool aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(args.output) % 16 == 0;
-  if (aligned) {
-    launch_kernel(zero_rows_of_no_expert_kernel<Word16>, blocks, kThreads, 0, args.stream,
-                  static_cast<Word16*>(args.output), args.expert_offsets, args.num_experts, args.max_rows,
-                  row_bytes / 16);
-  } else {
-    launch_kernel(zero_rows_of_no_expert_kernel<uint16_t>, blocks, kThreads, 0, args.stream,
-                  static_cast<uint16_t*>(args.output), args.expert_offsets, args.num_experts, args.max_rows,
-                  row_bytes / 2);
-  }
-}
-
-// Only after tensor-core kernels, which need aligned gradients; simt/ writes the zeros itself.
-void zero_empty_experts(const GroupedWgradArgs& args) {
-  constexpr int64_t kMaxColumns = 64;
-  const int64_t words = args.n * args.k * (args.float32_output ? 4 : 2) / 16;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.num_experts, kMaxBlocks)),
-                  static_cast<unsigned>(std::min(ceil_div(words, kThreads), kMaxColumns)));
-  launch_kernel(zero_empty_kernel<Word16>, grid, kThreads, 0, args.stream, static_cast<Word16*>(args.grad_weight),
-                args.expert_offsets, args.num_experts, args.max_rows, words);
 }
 
 template <typename T, typename Out, int width>
@@ -191,13 +102,18 @@ size_t grouped_gemm_workspace_bytes(int64_t num_experts, int device) {
 const char* launch_grouped_gemm(const GroupedGemmArgs& args) {
   if (args.max_rows == 0 || args.n == 0) return nullptr;
   const DeviceProperties device = read_device(args.device);
-  zero_rows_of_no_expert(args, device.multiprocessors);
-  const int64_t average_rows = ceil_div(args.max_rows, args.num_experts);
-  const Sm90Tile tile = choose_sm90_tile(args.num_experts, average_rows, args.n, device.multiprocessors);
-  const TensorCoreKernel kernel =
-      args.k > 0 && fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.weight, args.output})
-          ? pick_forward(device, tile, args.layout, args.dtype)
-          : nullptr;
+  zero_rows_of_no_expert(args.output, args.n * element_bytes(args.dtype), args, device.multiprocessors);
+  if (args.k == 0 || !fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.weight, args.output})) {
+    simt::grouped_gemm(args, device.multiprocessors);
+    return nullptr;
+  }
+#ifdef MOE_EXT_HAS_SM90
+  const int tile = pick_sm90_tile(device, args.num_experts, ceil_div(args.max_rows, args.num_experts), args.n);
+  if (tile >= 0) {
+    return sm90::products_of(tile, args.dtype).store[static_cast<int>(args.layout)]({args}, device.multiprocessors);
+  }
+#endif
+  const CutlassKernel kernel = pick_forward(device, args.layout, args.dtype);
   if (!kernel) {
     simt::grouped_gemm(args, device.multiprocessors);
     return nullptr;
@@ -215,12 +131,19 @@ const char* launch_grouped_gemm_wgrad(const GroupedWgradArgs& args) {
   const DeviceProperties device = read_device(args.device);
   const bool nk = args.layout == WeightLayout::kENK;
   const int64_t rows = nk ? args.n : args.k, columns = nk ? args.k : args.n;
-  const Sm90Tile tile = choose_sm90_tile(args.num_experts, rows, columns, device.multiprocessors);
-  const TensorCoreKernel kernel =
-      args.max_rows > 0 &&
-              fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.grad_output, args.grad_weight})
-          ? pick_wgrad(device, tile, args.dtype, args.float32_output)
-          : nullptr;
+  if (args.max_rows == 0 ||
+      !fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.grad_output, args.grad_weight})) {
+    simt::grouped_gemm_wgrad(args, device.multiprocessors);
+    return nullptr;
+  }
+#ifdef MOE_EXT_HAS_SM90
+  const int tile = pick_sm90_tile(device, args.num_experts, rows, columns);
+  if (tile >= 0) {
+    const sm90::Products& products = sm90::products_of(tile, args.dtype);
+    return (args.float32_output ? products.wgrad_fp32 : products.wgrad)(args, {}, device.multiprocessors);
+  }
+#endif
+  const CutlassKernel kernel = pick_wgrad(device, args.dtype, args.float32_output);
   if (!kernel) {
     simt::grouped_gemm_wgrad(args, device.multiprocessors);
     return nullptr;

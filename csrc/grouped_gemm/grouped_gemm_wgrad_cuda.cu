@@ -1,5 +1,6 @@
-// grouped_gemm_wgrad on CUDA: gather, then one launch over all experts.
-// Traffic beside the product: a gather reads and writes M*K elements.
+// grouped_gemm_wgrad on CUDA: one launch over all experts, which gathers where it can (fused_gemm.h); else a gather
+// before it.
+// Traffic beside the product: a gather of its own reads and writes M*K elements.
 #include "grouped_gemm_wgrad.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,22 +19,31 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                                                            permuted_to_slot, slot_to_permuted, topk, out_dtype);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
-  const Tensor rows =
-      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
+  const Tensor source = torch::stable::contiguous(input);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
-  const Workspace workspace(input, shape.num_experts);
   const bool enk = shape.layout == WeightLayout::kENK;
   Tensor grad_weight = torch::stable::new_empty(
       input,
       {shape.num_experts, enk ? shape.out_features : shape.in_features, enk ? shape.in_features : shape.out_features},
       shape.out_dtype);
-  check_launched("grouped_gemm_wgrad",
-                 launch_grouped_gemm_wgrad({rows.const_data_ptr(), gradient.const_data_ptr(),
-                                            grad_weight.mutable_data_ptr(), offsets.const_data_ptr<int32_t>(),
-                                            shape.num_experts, shape.num_rows, shape.out_features, shape.in_features,
-                                            shape.layout, dtype, shape.out_dtype == ScalarType::Float, workspace.start,
-                                            input.get_device_index(), current_stream(input)}));
+  GroupedWgradArgs args = {nullptr, gradient.const_data_ptr(), grad_weight.mutable_data_ptr(),
+                           offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows, shape.out_features,
+                           shape.in_features, shape.layout, dtype, shape.out_dtype == ScalarType::Float, nullptr,
+                           input.get_device_index(), current_stream(input)};
+  if (shape.gather) {
+    const Tensor slots = torch::stable::contiguous(*permuted_to_slot);
+    const RowGather gather = row_gather(source, slots, *shape.gather);
+    if (fuses(args, gather)) {
+      check_launched("grouped_gemm_wgrad", launch_gathered_wgrad(args, gather));
+      return grad_weight;
+    }
+  }
+  const Tensor rows = shape.gather ? permute(source, *permuted_to_slot, *slot_to_permuted, topk) : source;
+  const Workspace workspace(input, shape.num_experts);
+  args.input = rows.const_data_ptr();
+  args.workspace = workspace.start;
+  check_launched("grouped_gemm_wgrad", launch_grouped_gemm_wgrad(args));
   return grad_weight;
 }
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../common/dtypes.h"
+#include "../common/row_maps.h"
+#include "fused_gemm.h"
 #include "grouped_gemm_kernels.h"
 
 namespace moe_ext {
@@ -33,6 +35,12 @@ struct Workspace {
     start = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
 };
+
+// `tokens` [num_tokens, width] and `permuted_to_slot` contiguous.
+inline RowGather row_gather(const Tensor& tokens, const Tensor& permuted_to_slot, const RowMaps& maps) {
+  return {tokens.const_data_ptr(), permuted_to_slot.const_data_ptr<int32_t>(), tokens.size(1),
+          static_cast<int>(maps.num_slots), static_cast<int>(maps.topk), true};
+}
 
 // A weight as the kernels take it. One whose transpose is contiguous is read under the other layout, without a copy.
 struct StoredWeight {

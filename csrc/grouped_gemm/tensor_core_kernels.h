@@ -1,4 +1,4 @@
-// The compiled tensor-core kernels, by name. cmake/GroupedGemmKernels.cmake writes one file for each; a name that
+// The compiled CUTLASS kernels, by name. cmake/GroupedGemmKernels.cmake writes one file for each; a name that
 // stands here and not there does not link.
 #pragma once
 
@@ -19,13 +19,12 @@ struct TensorCoreProblem {
       declare(wgrad_bf16) declare(wgrad_fp16) declare(wgrad_bf16_fp32) declare(wgrad_fp16_fp32)
 
 // nullptr, or what went wrong.
-#define MOE_DECLARE(name)                                           \
-  namespace sm90 {                                                  \
-  const char* name##_cooperative(const TensorCoreProblem& problem); \
-  const char* name##_pingpong(const TensorCoreProblem& problem);    \
-  }                                                                 \
-  namespace sm80 {                                                  \
-  const char* name(const TensorCoreProblem& problem);               \
+#define MOE_DECLARE(name)                            \
+  namespace sm90_cutlass {                           \
+  const char* name(const TensorCoreProblem& problem); \
+  }                                                  \
+  namespace sm80 {                                   \
+  const char* name(const TensorCoreProblem& problem); \
   }
 MOE_TENSOR_CORE_KERNELS(MOE_DECLARE)
 #undef MOE_DECLARE

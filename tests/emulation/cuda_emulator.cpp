@@ -16,15 +16,15 @@ namespace moe_emulator {
 
 dim3 thread_index, block_index, block_size, grid_size;
 
-namespace {
-
-constexpr size_t kStackBytes = 128 * 1024;
-constexpr unsigned char kPoison = 0xcd;
-
 [[noreturn]] void fail(const std::string& message) {
   std::fprintf(stderr, "cuda emulator: %s (block %u, thread %u)\n", message.c_str(), block_index.x, thread_index.x);
   std::abort();
 }
+
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr unsigned char kPoison = 0xcd;
 
 // Saves the callee-saved registers on the stack and continues on another one. ucontext would do it with two system
 // calls; a kernel of shuffles switches a million times.
@@ -90,8 +90,9 @@ struct Fiber {
   dim3 index;
   unsigned linear = 0;
   bool done = false;
-  // What it waits for: nothing, the block barrier, or a meeting to reach a generation.
+  // What it waits for: nothing, the block barrier, a condition, or a meeting to reach a generation.
   bool at_barrier = false;
+  const std::function<bool()>* ready = nullptr;
   const Meeting* meeting = nullptr;
   uint64_t until_generation = 0;
 };
@@ -102,10 +103,22 @@ struct Block {
   Context scheduler;
   Fiber* current = nullptr;
   const std::function<void()>* thread = nullptr;
-  std::vector<char> shared = std::vector<char>(kMaxSharedBytes);
+  std::vector<std::function<void()>> in_flight;
+  struct alignas(1024) Shared {
+    char bytes[kMaxSharedBytes];
+  };
+  std::unique_ptr<Shared> shared = std::make_unique<Shared>();
 };
 
 Block block;
+
+struct Hooks {
+  std::function<void()> start, end;
+};
+Hooks& hooks() {
+  static Hooks registered;
+  return registered;
+}
 std::mutex one_grid_at_a_time;
 
 void yield() { Context::switch_to(block.current->context, block.scheduler); }
@@ -118,8 +131,15 @@ void fiber_entry() {
 }
 
 bool can_run(const Fiber& fiber) {
-  if (fiber.done || fiber.at_barrier) return false;
+  if (fiber.done || fiber.at_barrier || (fiber.ready && !(*fiber.ready)())) return false;
   return !fiber.meeting || fiber.meeting->generation >= fiber.until_generation;
+}
+
+void deliver_one(std::mt19937& random) {
+  std::swap(block.in_flight[random() % block.in_flight.size()], block.in_flight.back());
+  const std::function<void()> delivery = std::move(block.in_flight.back());
+  block.in_flight.pop_back();
+  delivery();
 }
 
 void run_block(std::mt19937& random) {
@@ -135,8 +155,10 @@ void run_block(std::mt19937& random) {
     fiber.linear = t;
     fiber.done = fiber.at_barrier = false;
     fiber.meeting = nullptr;
+    fiber.ready = nullptr;
     order[t] = t;
   }
+  if (hooks().start) hooks().start();
   unsigned alive = threads;
   while (alive > 0) {
     std::shuffle(order.begin(), order.end(), random);
@@ -145,11 +167,17 @@ void run_block(std::mt19937& random) {
       Fiber& fiber = block.fibers[t];
       if (!can_run(fiber)) continue;
       fiber.meeting = nullptr;
+      fiber.ready = nullptr;
       block.current = &fiber;
       thread_index = fiber.index;
       Context::switch_to(block.scheduler, fiber.context);
       progress = true;
       alive -= fiber.done;
+    }
+    const bool hurry = !progress || random() % 4 == 0;
+    if (!block.in_flight.empty() && hurry) {
+      deliver_one(random);
+      continue;
     }
     if (progress) continue;
     // Everyone waits. A barrier opens when all threads that have not ended stand at it.
@@ -158,6 +186,8 @@ void run_block(std::mt19937& random) {
     if (!all_at_barrier) fail("deadlock: a barrier or a warp collective that some of its threads never reach");
     for (unsigned t : order) block.fibers[t].at_barrier = false;
   }
+  while (!block.in_flight.empty()) deliver_one(random);
+  if (hooks().end) hooks().end();
 }
 
 }  // namespace
@@ -177,14 +207,28 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         block_index = dim3(x, y, z);
-        std::memset(block.shared.data(), kPoison, shared_bytes);
+        std::memset(block.shared->bytes, kPoison, shared_bytes);
         run_block(random);
       }
     }
   }
 }
 
-void* dynamic_shared() { return block.shared.data(); }
+void* dynamic_shared() { return block.shared->bytes; }
+
+unsigned linear_thread() { return block.current->linear; }
+
+void wait_until(const std::function<bool()>& ready) {
+  if (ready()) return;
+  block.current->ready = &ready;
+  yield();
+}
+
+void deliver_later(std::function<void()> delivery) { block.in_flight.push_back(std::move(delivery)); }
+
+void on_block(std::function<void()> start, std::function<void()> end) {
+  hooks() = {std::move(start), std::move(end)};
+}
 
 void sync_block() {
   block.current->at_barrier = true;

@@ -5,7 +5,8 @@
 // next one runs: between two barriers threads never interleave, but their order is shuffled (MOE_EMULATOR_SEED), so a
 // missing barrier shows as a wrong result. Shared memory is poisoned before each block. A barrier that part of a block
 // never reaches, or a collective whose mask names lanes that never come, ends the process with a message.
-// Timing, occupancy, memory ordering between blocks and tensor cores are out of scope.
+// What sm_90a adds (mbarriers, TMA, wgmma, ...) is modelled by hopper_emulator.h through the hooks below.
+// Timing, occupancy and memory ordering between blocks are out of scope.
 #pragma once
 
 #include <cmath>
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <type_traits>
 
 #define __global__
@@ -26,6 +28,9 @@
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 {
+  float x, y;
 };
 using cudaStream_t = void*;
 using cudaError_t = int;
@@ -42,8 +47,19 @@ constexpr size_t kDefaultSharedBytes = 48 * 1024;
 // Runs `thread` once for every thread of every block.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
-void* dynamic_shared();
+void* dynamic_shared();  // 1024-byte aligned
 void sync_block();
+
+// Ends the process, naming block and thread.
+[[noreturn]] void fail(const std::string& message);
+unsigned linear_thread();
+// The other threads of the block run until `ready` holds.
+void wait_until(const std::function<bool()>& ready);
+// An asynchronous copy in flight: carried out at a random later time, in random order, when all threads wait at the
+// latest. A block ends only after all of its copies.
+void deliver_later(std::function<void()> delivery);
+// Called as each block starts and after it has ended.
+void on_block(std::function<void()> start, std::function<void()> end);
 
 // Every lane of `mask` leaves its 8 bytes; returns the 32 slots once all of them have come.
 const uint64_t* exchange(unsigned mask, uint64_t value);

@@ -1,4 +1,5 @@
-// The sm_90a grouped GEMM: CUTLASS 3.x, persistent, warp-specialised, TMA loads and stores, one problem per expert.
+// The sm_90a grouped GEMM by CUTLASS 3.x, persistent, warp-specialised, TMA loads and stores, one problem per expert:
+// what product_kernel.h is measured against. It updates tensor maps whenever the group changes.
 //
 // One kernel template serves both products, as D = A * B of row-major D [rows, columns]:
 //   forward  ENK: A = input [M_e, K] row-major,              B = weight[e] seen as [K, N] column-major
@@ -20,7 +21,7 @@
 
 #include "../tensor_core_kernels.h"
 
-namespace moe_ext::sm90 {
+namespace moe_ext::sm90_cutlass {
 
 using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
@@ -33,30 +34,22 @@ struct CooperativeTile {
   using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecializedCooperative;
 };
 
-// Each consumer warpgroup has a 64x128 tile of its own, one computes while the other stores: small and ragged groups.
-struct PingpongTile {
-  using TileShape = cute::Shape<cute::_64, cute::_128, cute::_64>;
-  using ClusterShape = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedPingpong;
-  using EpilogueSchedule = cutlass::epilogue::PtrArrayTmaWarpSpecializedPingpong;
-};
-
-template <typename Element, typename LayoutA, typename LayoutB, typename ElementD, typename Tile>
+template <typename Element, typename LayoutA, typename LayoutB, typename ElementD>
 struct GroupedKernel {
   using ProblemShape = cutlass::gemm::GroupProblemShape<cute::Shape<int, int, int>>;
   static constexpr int kAlignment = 16 / sizeof(Element);
   static constexpr int kAlignmentD = 16 / sizeof(ElementD);
   // No source: C is void, beta is never read.
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::TileShape, typename Tile::ClusterShape,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename CooperativeTile::TileShape, typename CooperativeTile::ClusterShape,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor*, kAlignmentD, ElementD, RowMajor*,
-      kAlignmentD, typename Tile::EpilogueSchedule,
+      kAlignmentD, typename CooperativeTile::EpilogueSchedule,
       cutlass::epilogue::fusion::LinearCombination<ElementD, float, void, float>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA*, kAlignment, Element, LayoutB*, kAlignment,
-      float, typename Tile::TileShape, typename Tile::ClusterShape,
+      float, typename CooperativeTile::TileShape, typename CooperativeTile::ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      typename Tile::MainloopSchedule>::CollectiveOp;
+      typename CooperativeTile::MainloopSchedule>::CollectiveOp;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
       cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue>>;
 };
@@ -73,9 +66,9 @@ Stride leading_stride(int64_t leading) {
   return stride;
 }
 
-template <typename Element, typename LayoutA, typename LayoutB, typename ElementD, typename Tile>
+template <typename Element, typename LayoutA, typename LayoutB, typename ElementD>
 const char* launch(const TensorCoreProblem& problem) {
-  using Kernel = GroupedKernel<Element, LayoutA, LayoutB, ElementD, Tile>;
+  using Kernel = GroupedKernel<Element, LayoutA, LayoutB, ElementD>;
   using Gemm = typename Kernel::Gemm;
   using StrideA = typename Gemm::GemmKernel::InternalStrideA;
   using StrideB = typename Gemm::GemmKernel::InternalStrideB;
@@ -111,4 +104,4 @@ const char* launch(const TensorCoreProblem& problem) {
   return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
 }
 
-}  // namespace moe_ext::sm90
+}  // namespace moe_ext::sm90_cutlass

@@ -1,0 +1,317 @@
+// The sm_90a grouped product: persistent, warp-specialised, TMA in and out, wgmma in between.
+//
+// D = A B^T tile by tile, A [rows, depth], B [columns, depth], fp32 accumulation:
+//   forward  A = input [M, K], its rows cut by expert_offsets; B = weight[e], K-major (ENK) or MN-major (EKN); the
+//            gradient to the input is the same product under the other layout
+//   wgrad    per expert D [rows, columns] = a_e^T b_e, the depth being the expert's rows of a [M, rows], b [M, columns]
+// One tensor map per operand and launch: the expert is a coordinate (of weights and their gradients) or a row number,
+// so no map changes from group to group. A load that passes the end of a group reads the next expert's rows: of the
+// forward product these give rows that are not stored; wgrad zeroes them in shared memory.
+// Mapping: a block per multiprocessor takes tiles number blockIdx, blockIdx + gridDim, ... (tile_scheduler.h). Of its
+//   three warpgroups the first fills a ring of stages of depth 64, the other two multiply: each 64 rows of the tile, or
+//   half of the columns of a 64-row tile. The accumulators leave through shared memory, 64 rows of 128 bytes at a time:
+//   by TMA store where all 64 rows belong to the group, else by predicated 16-byte stores. The ring runs ahead into the
+//   next tile meanwhile. product_finish.h fuses bias, activation and the activation's gradient; product_gather.h reads
+//   an operand's rows where they lie.
+// Traffic per tile and step of 64: (rows + columns) * 128 bytes read, mostly from L2. Bound: tensor cores for large
+//   groups, weight reads for small ones.
+#pragma once
+
+#include "../../common/cuda_launch.h"
+#include "../tile_scheduler.h"
+#include "hopper.h"
+#include "product_arguments.h"
+
+namespace moe_ext::sm90 {
+
+constexpr int kWarpgroup = 128;
+constexpr int kMathWarpgroups = 2;
+constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
+constexpr int kProductThreads = kMathThreads + kWarpgroup;
+// Together what a multiprocessor has: 128 * 56 + 256 * 224 = 64512 of 65536.
+constexpr int kProducerRegisters = 56, kMathRegisters = 224;
+// Named barriers; 0 is __syncthreads.
+constexpr int kMathBarrier = 1, kFirstWarpgroupBarrier = 2;
+
+constexpr int kPieceRows = 64;  // what is stored at once: 64 rows of 128 bytes
+constexpr int kPieceBytes = kPieceRows * kRowBytes;
+
+template <typename Element_, typename Output_, Contraction contraction, Major b_major, int rows, int columns, int stages,
+          Finish finish = Finish::kStore, cuda::RowMode mode = cuda::RowMode::kPlain>
+struct ProductConfig {
+  using Element = Element_;
+  using Output = Output_;
+  static constexpr Contraction kContraction = contraction;
+  static constexpr bool kWgrad = contraction == Contraction::kExpertRows;
+  static constexpr Major kMajorA = kWgrad ? Major::kMN : Major::kK;
+  static constexpr Major kMajorB = b_major;
+  static_assert(!kWgrad || b_major == Major::kMN);
+  static constexpr int kRows = rows, kColumns = columns, kStages = stages;
+  static constexpr Finish kFinish = finish;
+  static constexpr cuda::RowMode kMode = mode;
+  static_assert(finish == Finish::kStore || !kWgrad);
+
+  // What one math warpgroup computes.
+  static constexpr bool kSplitsColumns = rows == 64;
+  static constexpr int kWarpgroupColumns = kSplitsColumns ? columns / 2 : columns;
+  static_assert(rows == 64 || rows == 64 * kMathWarpgroups);
+
+  // Gate and up columns that belong together come into one warpgroup's accumulators: the first half of its columns are
+  // gates, the second ups. Columns are then counted in such pairs.
+  static constexpr bool kPairsColumns = finish == Finish::kActivate && mode == cuda::RowMode::kConcatenated;
+  static constexpr int kTileColumns = kPairsColumns ? columns / 2 : columns;
+
+  // TMA boxes are 64 deep; an MN-major operand comes in boxes of 64 rows of the matrix.
+  static constexpr int kBoxA = kMajorA == Major::kMN ? 64 : rows;
+  static constexpr int kBoxB = kMajorB == Major::kMN ? 64 : kPairsColumns ? kWarpgroupColumns / 2 : columns;
+
+  static constexpr int kBytesA = rows * kMatrixRowBytes, kBytesB = columns * kMatrixRowBytes;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  static constexpr int kStagingBytes = kMathWarpgroups * 2 * kPieceBytes;
+  static constexpr int kAlignment = 1024;
+  static constexpr int kSharedBytes =
+      kAlignment + stages * kStageBytes + kStagingBytes + 2 * stages * static_cast<int>(sizeof(Barrier));
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+template <typename Config>
+struct SharedMemory {
+  char* stages;
+  char* staging;
+  Barrier* full;
+  Barrier* empty;
+
+  __device__ explicit SharedMemory(char* memory) {
+    stages = memory + (0u - shared_address(memory)) % Config::kAlignment;
+    staging = stages + Config::kStages * Config::kStageBytes;
+    full = reinterpret_cast<Barrier*>(staging + Config::kStagingBytes);
+    empty = full + Config::kStages;
+  }
+  __device__ char* a(int stage) const { return stages + stage * Config::kStageBytes; }
+  __device__ char* b(int stage) const { return a(stage) + Config::kBytesA; }
+};
+
+// A place in the ring; producer and consumers walk it alike.
+template <int stages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// One tile of D with the stretch of depth that goes into it.
+struct Work {
+  int64_t expert;
+  int64_t row, row_end;  // forward: rows of D and where the group ends; wgrad: rows inside the expert's matrix
+  int64_t column;
+  int64_t depth, depth_end;
+
+  // Of the ring. At least one: an expert without rows multiplies a stage of zeros.
+  __device__ int steps() const {
+    const int steps = static_cast<int>((depth_end - depth + kBlockDepth - 1) / kBlockDepth);
+    return steps > 0 ? steps : 1;
+  }
+};
+
+template <typename Config>
+struct WorkQueue {
+  const ProductArguments& arguments;
+  GroupedRowTiles tiles;  // forward
+  int64_t tile;           // wgrad
+
+  __device__ explicit WorkQueue(const ProductArguments& arguments)
+      : arguments(arguments),
+        tiles{arguments.expert_offsets, arguments.num_experts, arguments.max_rows, Config::kRows,
+              ceil_div(arguments.columns, Config::kTileColumns), blockIdx.x, gridDim.x},
+        tile(blockIdx.x) {}
+
+  __device__ bool next(Work* work) {
+    if constexpr (Config::kWgrad) {
+      const int64_t row_tiles = ceil_div(arguments.rows, Config::kRows);
+      const int64_t column_tiles = ceil_div(arguments.columns, Config::kColumns);
+      const int64_t expert = tile / (row_tiles * column_tiles);
+      if (expert >= arguments.num_experts) return false;
+      const TilePosition position =
+          banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
+      const RowRange range = rows_of_expert(arguments.expert_offsets, expert, arguments.max_rows);
+      *work = {expert,      position.row * Config::kRows, arguments.rows, position.column * Config::kColumns,
+               range.begin, range.end};
+      tile += gridDim.x;
+    } else {
+      GroupedRowTiles::Tile found;
+      if (!tiles.next(&found)) return false;
+      *work = {found.expert, found.row, found.end, found.column * Config::kTileColumns, 0, arguments.depth};
+    }
+    return true;
+  }
+};
+
+// ---- producer
+
+template <typename Config>
+__device__ void load_a(const ProductArguments& arguments, const Work& work, int64_t depth, char* a, Barrier* full) {
+  const int d = static_cast<int>(depth);
+#pragma unroll
+  for (int box = 0; box < Config::kRows / Config::kBoxA; ++box) {
+    char* target = a + box * Config::kBoxA * kMatrixRowBytes;
+    const int row = static_cast<int>(work.row) + box * Config::kBoxA;
+    if constexpr (Config::kMajorA == Major::kK) {
+      tma_load(arguments.a, full, target, d, row);
+    } else {
+      tma_load(arguments.a, full, target, row, d);
+    }
+  }
+}
+
+template <typename Config>
+__device__ void load_b(const ProductArguments& arguments, const Work& work, int64_t depth, char* b, Barrier* full) {
+  const int d = static_cast<int>(depth), expert = static_cast<int>(work.expert);
+#pragma unroll
+  for (int box = 0; box < Config::kColumns / Config::kBoxB; ++box) {
+    char* target = b + box * Config::kBoxB * kMatrixRowBytes;
+    int column = static_cast<int>(work.column);
+    if constexpr (Config::kPairsColumns) {
+      constexpr int kHalf = Config::kWarpgroupColumns / 2;
+      const int half = box * Config::kBoxB / kHalf;  // of some warpgroup; odd ones are ups
+      column += half / 2 * kHalf + box * Config::kBoxB % kHalf;
+      if (half % 2 == 1) column += static_cast<int>(arguments.columns);
+    } else {
+      column += box * Config::kBoxB;
+    }
+    if constexpr (Config::kWgrad) {
+      tma_load(arguments.b, full, target, column, d);
+    } else if constexpr (Config::kMajorB == Major::kK) {
+      tma_load(arguments.b, full, target, d, column, expert);
+    } else {
+      tma_load(arguments.b, full, target, column, d, expert);
+    }
+  }
+}
+
+template <typename Config>
+__device__ void produce(const ProductArguments& arguments, const SharedMemory<Config>& shared) {
+  if (threadIdx.x != 0) return;
+  RingPosition<Config::kStages> position;
+  WorkQueue<Config> queue(arguments);
+  for (Work work; queue.next(&work);) {
+    const int steps = work.steps();
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, position.advance()) {
+      const int64_t depth = work.depth + int64_t{step} * kBlockDepth;
+      Barrier* full = &shared.full[position.stage];
+      barrier_wait(&shared.empty[position.stage], position.phase ^ 1);
+      barrier_arrive_expect(full, Config::kStageBytes);
+      load_a<Config>(arguments, work, depth, shared.a(position.stage), full);
+      load_b<Config>(arguments, work, depth, shared.b(position.stage), full);
+    }
+  }
+}
+
+// ---- math
+
+// Zeroes what lies at depth `valid` and beyond in both (MN-major) operands of a stage: rows of another expert. In both,
+// since zero times an infinity is NaN. All math threads must call.
+template <typename Config>
+__device__ void zero_depth_from(int valid, char* stage, int math_thread) {
+  constexpr int kBlocks = Config::kStageBytes / kBlockBytes;
+  const int chunks = (kBlockDepth - valid) * kRowChunks;
+  for (int i = math_thread; i < kBlocks * chunks; i += kMathThreads) {
+    store_shared_16(stage + i / chunks * kBlockBytes + valid * kRowBytes + i % chunks * 16, Chunk{});
+  }
+  fence_proxy_async();
+  named_barrier(kMathBarrier, kMathThreads);
+}
+
+// What a math thread knows about its place.
+struct MathThread {
+  int warpgroup;     // of the math warpgroups
+  int thread;        // of the warpgroup
+  int first_row;     // of the warpgroup in the tile
+  int first_column;  // likewise
+};
+
+// accumulators = the product over work's depth. Keeps one group of wgmmas in flight while the next stage arrives.
+template <typename Config>
+__device__ void multiply(const Work& work, const SharedMemory<Config>& shared, const MathThread& self,
+                         RingPosition<Config::kStages>& position, float (&accumulators)[Config::kWarpgroupColumns / 2]) {
+  const int steps = work.steps();
+  const auto release = [&](int stage) {
+    if (self.thread % kWarpSize == 0) barrier_arrive(&shared.empty[stage]);
+  };
+  int previous = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(&shared.full[position.stage], position.phase);
+    if constexpr (Config::kWgrad) {
+      const int64_t valid = work.depth_end - work.depth - int64_t{step} * kBlockDepth;
+      if (valid < kBlockDepth) {
+        zero_depth_from<Config>(static_cast<int>(valid), shared.a(position.stage),
+                                self.warpgroup * kWarpgroup + self.thread);
+      }
+    }
+    const uint64_t a = make_descriptor(
+        shared_address(shared.a(position.stage)) + self.first_row * kMatrixRowBytes, Config::kMajorA);
+    const uint64_t b = make_descriptor(
+        shared_address(shared.b(position.stage)) + self.first_column * kMatrixRowBytes, Config::kMajorB);
+    hold_registers(accumulators);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockDepth / kInstructionDepth; ++k) {
+      wgmma<typename Config::Element, Config::kWarpgroupColumns, Config::kMajorA, Config::kMajorB>(
+          accumulators, a + k * step_bytes(Config::kMajorA) / 16, b + k * step_bytes(Config::kMajorB) / 16,
+          step > 0 || k > 0);
+    }
+    wgmma_commit();
+    hold_registers(accumulators);
+    wgmma_wait<1>();
+    if (step > 0) release(previous);
+    previous = position.stage;
+    position.advance();
+  }
+  wgmma_wait<0>();
+  hold_registers(accumulators);
+  release(previous);
+}
+
+template <typename Config>
+__device__ void produce_gathered(const ProductArguments& arguments, const SharedMemory<Config>& shared);
+template <typename Config>
+__device__ void compute(const ProductArguments& arguments, const SharedMemory<Config>& shared, int warpgroup);
+
+template <typename Config>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product_kernel(const MOE_GRID_CONSTANT ProductArguments arguments) {
+  MOE_DYNAMIC_SHARED(char, memory);
+  const SharedMemory<Config> shared(memory);
+  const bool gathers = arguments.gather.source != nullptr;
+  if (threadIdx.x == 0) {
+    prefetch_map(arguments.a);
+    prefetch_map(arguments.b);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      // One thread announces the bytes of TMA; each of the producer announces its own copies.
+      barrier_init(&shared.full[stage], gathers ? 1 + kWarpgroup : 1);
+      barrier_init(&shared.empty[stage], kMathThreads / kWarpSize);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  // The same for a whole warp, and known to be so by the compiler: descriptors stay in uniform registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    give_registers<kProducerRegisters>();
+    gathers ? produce_gathered<Config>(arguments, shared) : produce<Config>(arguments, shared);
+  } else {
+    take_registers<kMathRegisters>();
+    compute<Config>(arguments, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace moe_ext::sm90
+
+#include "product_finish.h"
+#include "product_gather.h"

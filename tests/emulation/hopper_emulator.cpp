@@ -1,0 +1,372 @@
+#include "hopper_emulator.h"
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/grouped_gemm/sm90/tensor_map.h"
+
+namespace moe_ext::sm90 {
+namespace {
+
+using moe_emulator::fail;
+using moe_emulator::linear_thread;
+
+constexpr uint32_t kSharedBase = 0x400;  // where the window of dynamic shared memory starts
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating dtype
+constexpr int kUnit = 4;                 // bytes whose visibility is tracked together
+
+struct BarrierState {
+  uint32_t arrivals = 0, pending = 0;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+
+  void settle() {
+    if (pending > 0 || bytes != 0) return;
+    ++phase;
+    pending = arrivals;
+  }
+};
+
+struct NamedBarrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Wgmma {
+  float* accumulators;
+  int columns;
+  uint64_t descriptor_a, descriptor_b;
+  bool a_is_k_major, b_is_k_major, accumulate;
+  ToFloat to_float;
+
+  bool same_instruction(const Wgmma& other) const {
+    return columns == other.columns && descriptor_a == other.descriptor_a && descriptor_b == other.descriptor_b &&
+           a_is_k_major == other.a_is_k_major && b_is_k_major == other.b_is_k_major &&
+           accumulate == other.accumulate && to_float == other.to_float;
+  }
+};
+
+struct Store {
+  TensorMap map;
+  const char* shared;
+  int32_t corner[3];
+};
+
+struct Copy {
+  char* shared;
+  const char* source;
+  bool valid;
+};
+
+// Groups of operations of one thread: the last one is open, those before are committed and wait.
+template <typename Operation>
+using Groups = std::deque<std::vector<Operation>>;
+
+struct Thread {
+  Groups<Wgmma> wgmmas{1};
+  Groups<Store> stores{1};
+  Groups<Copy> copies{1};
+  bool wgmma_fenced = false;
+  std::vector<int> unfenced;  // units written by ordinary stores since the last fence_proxy_async
+};
+
+struct State {
+  std::map<const Barrier*, BarrierState> barriers;
+  NamedBarrier named[16];
+  std::vector<Thread> threads = std::vector<Thread>(1024);
+  std::vector<bool> unfenced = std::vector<bool>(moe_emulator::kMaxSharedBytes / kUnit);
+};
+
+State state;
+bool used = false;  // by a block that runs a kernel with barriers
+
+char* shared_base() { return static_cast<char*>(moe_emulator::dynamic_shared()); }
+char* at_address(uint32_t address) { return shared_base() + (address - kSharedBase); }
+int unit_of(const char* pointer) { return static_cast<int>((pointer - shared_base()) / kUnit); }
+Thread& self() { return state.threads[linear_thread()]; }
+
+void start_block() {
+  if (used) state = State();
+  used = false;
+}
+
+// A block must leave nothing in flight.
+void end_block() {
+  if (!used) return;
+  for (const Thread& thread : state.threads) {
+    if (thread.wgmmas.size() > 1 || thread.stores.size() > 1 || thread.copies.size() > 1) {
+      fail("a block ended with wgmmas, TMA stores or cp.asyncs that no thread waited for");
+    }
+    if (!thread.wgmmas[0].empty() || !thread.stores[0].empty() || !thread.copies[0].empty()) {
+      fail("a block ended with wgmmas, TMA stores or cp.asyncs that were never committed");
+    }
+  }
+  for (const auto& [barrier, s] : state.barriers) {
+    if (s.bytes != 0) fail("a block ended with bytes expected on a barrier");
+  }
+}
+
+const bool registered = (moe_emulator::on_block(start_block, end_block), true);
+
+BarrierState& barrier_state(const Barrier* barrier) {
+  const auto found = state.barriers.find(barrier);
+  if (found == state.barriers.end()) fail("a barrier was used before it was initialised");
+  return found->second;
+}
+
+void check_aligned(const void* shared) {
+  if (shared_address(shared) % 1024 != 0) fail("TMA: a swizzled buffer must be aligned to 1024 bytes");
+}
+
+// body(where the box's 16 bytes lie in `shared`, its bytes in memory or nullptr, how many of them are inside)
+template <typename Body>
+void for_each_chunk(const TensorMap& map, const char* shared, const int32_t* corner, Body&& body) {
+  const int chunk_elements = 16 / map.element_bytes;
+  int row = 0;
+  const int boxes_z = map.rank > 2 ? map.box[2] : 1;
+  for (int z = 0; z < boxes_z; ++z) {
+    for (int y = 0; y < map.box[1]; ++y, ++row) {
+      const int64_t cy = int64_t{corner[1]} + y, cz = int64_t{corner[2]} + z;
+      const bool row_inside = cy >= 0 && cy < map.sizes[1] && (map.rank < 3 || (cz >= 0 && cz < map.sizes[2]));
+      for (int x = 0; x < map.box[0]; x += chunk_elements) {
+        const int64_t cx = int64_t{corner[0]} + x;
+        const int64_t inside = std::clamp<int64_t>(map.sizes[0] - cx, 0, chunk_elements);
+        const char* source = map.data + cx * map.element_bytes + cy * map.strides[1] + (map.rank > 2 ? cz * map.strides[2] : 0);
+        char* place = const_cast<char*>(shared) + swizzled(row, x * map.element_bytes);
+        body(place, row_inside && inside > 0 ? source : nullptr, inside * map.element_bytes);
+      }
+    }
+  }
+}
+
+int box_bytes(const TensorMap& map) {
+  return map.box[0] * map.box[1] * (map.rank > 2 ? map.box[2] : 1) * map.element_bytes;
+}
+
+void require_fenced(const char* shared, int bytes, const char* who) {
+  for (int unit = unit_of(shared); unit < unit_of(shared + bytes); ++unit) {
+    if (state.unfenced[unit]) fail(std::string(who) + " reads shared memory written without fence_proxy_async");
+  }
+}
+
+void mark_unfenced(const char* shared, int bytes) {
+  for (int unit = unit_of(shared); unit < unit_of(shared + bytes); ++unit) {
+    state.unfenced[unit] = true;
+    self().unfenced.push_back(unit);
+  }
+}
+
+// Element (row, depth) of a 16-deep operand, as the hardware finds it: the matrix is made of 16-byte pieces whose
+// address is the start plus multiples of the offsets in the descriptor; then the swizzle permutes address bits 4-6 by
+// bits 7-9.
+uint32_t element_address(uint64_t descriptor, bool k_major, int row, int depth) {
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  uint32_t address = start;
+  if (k_major) {
+    address += row % 8 * 128 + row / 8 * stride + depth * 2;
+  } else {
+    address += row % 64 * 2 + row / 64 * leading + depth % 8 * 128 + depth / 8 * stride;
+  }
+  return address ^ (address >> 7 & 7) << 4;
+}
+
+std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToFloat to_float) {
+  if (descriptor >> 62 != 1) fail("wgmma: the descriptor names no 128B swizzle");
+  if (descriptor >> 49 & 7) fail("wgmma: the descriptor has a base offset");
+  std::vector<float> values(rows * kInstructionDepth);
+  for (int row = 0; row < rows; ++row) {
+    for (int depth = 0; depth < kInstructionDepth; ++depth) {
+      const char* element = at_address(element_address(descriptor, k_major, row, depth));
+      require_fenced(element - reinterpret_cast<uintptr_t>(element) % kUnit, kUnit, "wgmma");
+      values[row * kInstructionDepth + depth] = to_float(element);
+    }
+  }
+  return values;
+}
+
+// One instruction of one warp: its 16 of the 64 rows.
+void multiply(const Wgmma& shared_part, float* const (&accumulators)[32], int warp) {
+  const int columns = shared_part.columns;
+  const auto a = read_operand(shared_part.descriptor_a, shared_part.a_is_k_major, 64, shared_part.to_float);
+  const auto b = read_operand(shared_part.descriptor_b, shared_part.b_is_k_major, columns, shared_part.to_float);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int index = 0; index < columns / 2; ++index) {
+      const FragmentPosition position = fragment_position(warp % 4 * 32 + lane, index);
+      float sum = shared_part.accumulate ? accumulators[lane][index] : 0.f;
+      for (int depth = 0; depth < kInstructionDepth; ++depth) {
+        sum += a[position.row * kInstructionDepth + depth] * b[position.column * kInstructionDepth + depth];
+      }
+      accumulators[lane][index] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+uint32_t shared_address(const void* pointer) {
+  return kSharedBase + static_cast<uint32_t>(static_cast<const char*>(pointer) - shared_base());
+}
+
+void barrier_init(Barrier* barrier, uint32_t arrivals) {
+  used = true;
+  state.barriers[barrier] = {arrivals, arrivals, 0, 0};
+}
+void barrier_init_fence() {}
+
+void barrier_arrive(Barrier* barrier) { barrier_arrive_expect(barrier, 0); }
+
+void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
+  BarrierState& s = barrier_state(barrier);
+  if (s.pending == 0) fail("more arrivals on a barrier than it expects in one phase");
+  s.bytes += bytes;
+  --s.pending;
+  s.settle();
+}
+
+void barrier_wait(Barrier* barrier, uint32_t parity) {
+  BarrierState& s = barrier_state(barrier);
+  moe_emulator::wait_until([&s, parity] { return (s.phase & 1) != parity; });
+}
+
+void named_barrier(int id, int threads) {
+  NamedBarrier& barrier = state.named[id];
+  const uint64_t generation = barrier.generation;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  moe_emulator::wait_until([&barrier, generation] { return barrier.generation != generation; });
+}
+
+void fence_proxy_async() {
+  for (int unit : self().unfenced) state.unfenced[unit] = false;
+  self().unfenced.clear();
+}
+
+const char* encode_tensor_map(TensorMap* map, const TensorMapSpec& spec) {
+  map->data = static_cast<const char*>(spec.data);
+  map->element_bytes = spec.type == MapType::kFloat32 ? 4 : 2;
+  map->rank = spec.rank;
+  if (reinterpret_cast<uintptr_t>(spec.data) % 16 != 0) return "emulated tensor map: unaligned data";
+  for (int axis = 0; axis < spec.rank; ++axis) {
+    map->sizes[axis] = spec.sizes[axis];
+    map->strides[axis] = spec.strides[axis] * map->element_bytes;
+    map->box[axis] = spec.box[axis];
+    if (spec.sizes[axis] < 1 || spec.sizes[axis] > int64_t{1} << 32) return "emulated tensor map: size out of range";
+    if (spec.box[axis] < 1 || spec.box[axis] > 256) return "emulated tensor map: box out of range";
+    const int64_t stride = map->strides[axis];
+    if (axis > 0 && (stride % 16 != 0 || stride >= int64_t{1} << 40)) return "emulated tensor map: bad stride";
+  }
+  return map->box[0] * map->element_bytes == kRowBytes ? nullptr : "emulated tensor map: a box row is not 128 bytes";
+}
+
+void tma_load(const TensorMap& map, Barrier* barrier, void* shared, int32_t x, int32_t y, int32_t z) {
+  check_aligned(shared);
+  std::memset(shared, kPoison, box_bytes(map));
+  BarrierState& s = barrier_state(barrier);
+  moe_emulator::deliver_later([map, &s, shared = static_cast<char*>(shared), x, y, z] {
+    const int32_t corner[3] = {x, y, z};
+    for_each_chunk(map, shared, corner, [](char* place, const char* source, int64_t bytes) {
+      std::memset(place, 0, 16);
+      if (source) std::memcpy(place, source, bytes);
+    });
+    s.bytes -= box_bytes(map);
+    s.settle();
+  });
+}
+
+void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z) {
+  check_aligned(shared);
+  require_fenced(static_cast<const char*>(shared), box_bytes(map), "a TMA store");
+  self().stores.back().push_back({map, static_cast<const char*>(shared), {x, y, z}});
+}
+
+void tma_store_commit() { self().stores.emplace_back(); }
+
+void tma_store_wait(int groups) {
+  auto& stores = self().stores;
+  while (static_cast<int>(stores.size()) - 1 > groups) {
+    for (const Store& store : stores.front()) {
+      for_each_chunk(store.map, store.shared, store.corner, [](char* place, const char* target, int64_t bytes) {
+        if (target) std::memcpy(const_cast<char*>(target), place, bytes);
+      });
+    }
+    stores.pop_front();
+  }
+}
+
+void copy_async_16(void* shared, const void* source, bool valid) {
+  if (shared_address(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async: unaligned");
+  std::memset(shared, kPoison, 16);
+  self().copies.back().push_back({static_cast<char*>(shared), static_cast<const char*>(source), valid});
+}
+
+void copy_async_commit() { self().copies.emplace_back(); }
+
+void copy_async_wait_for(int groups) {
+  auto& copies = self().copies;
+  while (static_cast<int>(copies.size()) - 1 > groups) {
+    for (const Copy& copy : copies.front()) {
+      const char zeros[16] = {};
+      store_shared_bytes(copy.shared, copy.valid ? copy.source : zeros, 16);
+    }
+    copies.pop_front();
+  }
+}
+
+void store_shared_bytes(void* shared, const void* bytes, int count) {
+  std::memcpy(shared, bytes, count);
+  mark_unfenced(static_cast<char*>(shared), count);
+}
+
+Chunk load_shared_16(const void* shared) {
+  Chunk value;
+  std::memcpy(&value, shared, sizeof(value));
+  return value;
+}
+
+void wgmma_fence() { self().wgmma_fenced = true; }
+
+void wgmma_commit() {
+  self().wgmmas.emplace_back();
+  self().wgmma_fenced = false;
+}
+
+void wgmma_issue(float* accumulators, int columns, uint64_t descriptor_a, uint64_t descriptor_b, bool a_is_k_major,
+                 bool b_is_k_major, bool accumulate, ToFloat to_float) {
+  if (!self().wgmma_fenced) fail("wgmma without wgmma_fence");
+  self().wgmmas.back().push_back(
+      {accumulators, columns, descriptor_a, descriptor_b, a_is_k_major, b_is_k_major, accumulate, to_float});
+}
+
+void wgmma_wait_for(int groups) {
+  // The lanes of a warp meet, the last of them to come computes for all, and they part together.
+  const auto mine = moe_emulator::linear_thread();
+  moe_emulator::exchange(0xffffffffu, 0);
+  if (mine % 32 == 0) {
+    Thread* lanes = &state.threads[mine];
+    while (static_cast<int>(lanes[0].wgmmas.size()) - 1 > groups) {
+      const size_t count = lanes[0].wgmmas.front().size();
+      for (size_t i = 0; i < count; ++i) {
+        float* accumulators[32];
+        for (int lane = 0; lane < 32; ++lane) {
+          const auto& group = lanes[lane].wgmmas.front();
+          if (group.size() != count || !group[i].same_instruction(lanes[0].wgmmas.front()[i])) {
+            fail("the lanes of a warp issued different wgmmas");
+          }
+          accumulators[lane] = group[i].accumulators;
+        }
+        multiply(lanes[0].wgmmas.front()[i], accumulators, static_cast<int>(mine / 32));
+      }
+      for (int lane = 0; lane < 32; ++lane) lanes[lane].wgmmas.pop_front();
+    }
+  }
+  moe_emulator::exchange(0xffffffffu, 0);
+}
+
+}  // namespace moe_ext::sm90
