@@ -8,7 +8,7 @@ namespace moe_ext::cpu {
 namespace {
 
 struct Backend {
-  static constexpr bool kGathersFirst = true;
+  static constexpr bool kGathersFirst = false;
   static constexpr auto grouped_gemm = &cpu::grouped_gemm;
   static constexpr auto grouped_gemm_wgrad = &cpu::grouped_gemm_wgrad;
   static constexpr auto grouped_bias_grad = &cpu::grouped_bias_grad;

@@ -7,7 +7,6 @@
 #include "../common/huge_pages.h"
 #include "../common/optional_tensor.h"
 #include "../experts/expert_activation.h"
-#include "../permutation/permute.h"
 #include "tiled_gemm.h"
 
 namespace moe_ext::cpu {
@@ -21,8 +20,8 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   const GroupedGemmShape shape =
       check_grouped_gemm(input, weight, expert_offsets, weight_layout, bias, permuted_to_slot, slot_to_permuted, topk,
                          activation, gate_up_layout, activation_alpha, activation_limit);
-  const Tensor rows =
-      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
+  const Tensor rows = torch::stable::contiguous(input);
+  const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
   const std::optional<Tensor> biases = contiguous_if_any(bias);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const auto size = static_cast<int64_t>(input.element_size());
@@ -32,21 +31,21 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   auto* out = static_cast<char*>(product.mutable_data_ptr());
   std::memset(out, 0, boundaries.front() * width * size);
   std::memset(out + boundaries.back() * width * size, 0, (shape.num_rows - boundaries.back()) * width * size);
-  // The factors are only read; the views that the GEMM takes have no const.
-  auto* left = static_cast<char*>(const_cast<void*>(rows.const_data_ptr()));
-  auto* right = static_cast<char*>(const_cast<void*>(weight.const_data_ptr()));
-  auto* added = biases ? static_cast<char*>(const_cast<void*>(biases->const_data_ptr())) : nullptr;
+  const Tensor stored = with_adjacent_elements(weight);
+  const auto* left = static_cast<const char*>(rows.const_data_ptr());
+  const auto* right = static_cast<const char*>(stored.const_data_ptr());
+  const auto* added = biases ? static_cast<const char*>(biases->const_data_ptr()) : nullptr;
   std::vector<GemmProblem> problems;
   for (int64_t expert = 0; expert < shape.num_experts; ++expert) {
     const int64_t begin = boundaries[expert], count = boundaries[expert + 1] - begin;
     if (count == 0 || width == 0) continue;
+    Matrix tokens = {left + (shape.gather ? 0 : begin * inner * size), count, inner, inner, 1};
+    if (shape.gather) tokens.gather = gather_of(*slots, begin, *shape.gather);
     // Weights keep their strides: a transposed or sliced tensor of weights is multiplied in place, without a copy.
-    const Matrix stored = {right + expert * weight.stride(0) * size, weight.size(1), weight.size(2), weight.stride(1),
-                           weight.stride(2)};
-    problems.push_back({{left + begin * inner * size, count, inner, inner, 1},
-                        shape.layout == WeightLayout::kENK ? transposed(stored) : stored,
-                        {out + begin * width * size, count, width, width, 1},
-                        added ? added + expert * width * size : nullptr});
+    const Matrix factor = {right + expert * stored.stride(0) * size, stored.size(1), stored.size(2), stored.stride(1),
+                           stored.stride(2)};
+    problems.push_back({tokens, shape.layout == WeightLayout::kENK ? transposed(factor) : factor,
+                        out + begin * width * size, added ? added + expert * width * size : nullptr});
   }
   tiled_gemm(problems, input.scalar_type(), input.scalar_type());
 

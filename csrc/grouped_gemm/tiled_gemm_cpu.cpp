@@ -1,22 +1,29 @@
-#include <torch/csrc/stable/library.h>
+#include "tiled_gemm.h"
+
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <exception>
-#include <mutex>
-#include <numeric>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 
-#include "tiled_gemm.h"
+#include "cpu/gemm_kernels.h"
 
 namespace moe_ext::cpu {
 namespace {
 
-// A tile this large runs at the full speed of one core and its operands stay in the last-level cache.
-constexpr int64_t kLargestTile = 512;
-// Tiles are halved down to this while there are fewer than kWantedTiles: a small problem feeds many cores as well.
+// A tile of this many rows and columns: accumulators, the packed left block and a right panel share a core's L2.
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileCols = 256;
+// Tiles are narrowed down to this while there are fewer than kWantedTiles: a small problem feeds many cores as well.
 constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kWantedTiles = 64;
+// Outputs larger than the caches are written past them.
+constexpr int64_t kStreamedBytes = 64 << 20;
+constexpr int64_t kCacheLine = 64;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Tile {
   size_t problem;
@@ -24,35 +31,27 @@ struct Tile {
   int64_t col, cols;
 };
 
-struct Dtypes {
-  ScalarType factors;
-  ScalarType output;
-  // fp16 has no fast CPU GEMM in torch, and no mm takes 16-bit factors to an fp32 output: such tiles are computed in
-  // fp32.
-  bool widened() const { return factors == ScalarType::Half || factors != output; }
-};
-
-int64_t size_of(ScalarType dtype) { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-std::vector<Tile> cut_into_tiles(const std::vector<GemmProblem>& problems) {
-  int64_t rows = kLargestTile, cols = kLargestTile;
+std::vector<Tile> cut_into_tiles(const std::vector<GemmProblem>& problems, int64_t panel_cols) {
+  int64_t largest_rows = kTileRows, largest_cols = kTileCols;
   const auto count = [&] {
     int64_t tiles = 0;
-    for (const GemmProblem& p : problems) tiles += divide_up(p.output.rows, rows) * divide_up(p.output.cols, cols);
+    for (const GemmProblem& p : problems) tiles += divide_up(p.left.rows, largest_rows) * divide_up(p.right.cols, largest_cols);
     return tiles;
   };
-  while (count() < kWantedTiles && cols > kSmallestTile) {
-    cols /= 2;
-    if (count() < kWantedTiles) rows /= 2;
+  while (count() < kWantedTiles && largest_cols > kSmallestTile) {
+    largest_cols /= 2;
+    if (count() < kWantedTiles) largest_rows /= 2;
   }
   std::vector<Tile> tiles;
   for (size_t index = 0; index < problems.size(); ++index) {
-    const Matrix& output = problems[index].output;
-    for (int64_t row = 0; row < output.rows; row += rows) {
-      for (int64_t col = 0; col < output.cols; col += cols) {
-        tiles.push_back({index, row, std::min(rows, output.rows - row), col, std::min(cols, output.cols - col)});
+    const int64_t num_rows = problems[index].left.rows, num_cols = problems[index].right.cols;
+    if (num_rows == 0 || num_cols == 0) continue;
+    // Equal tiles: 300 rows are 150 and 150, not 256 and 44.
+    const int64_t rows = divide_up(num_rows, divide_up(num_rows, largest_rows));
+    const int64_t cols = divide_up(divide_up(num_cols, divide_up(num_cols, largest_cols)), panel_cols) * panel_cols;
+    for (int64_t row = 0; row < num_rows; row += rows) {
+      for (int64_t col = 0; col < num_cols; col += cols) {
+        tiles.push_back({index, row, std::min(rows, num_rows - row), col, std::min(cols, num_cols - col)});
       }
     }
   }
@@ -61,85 +60,165 @@ std::vector<Tile> cut_into_tiles(const std::vector<GemmProblem>& problems) {
   return tiles;
 }
 
-Matrix block(const Matrix& matrix, ScalarType dtype, int64_t row, int64_t rows, int64_t col, int64_t cols) {
-  const int64_t offset = row * matrix.row_stride + col * matrix.col_stride;
-  return {matrix.data + offset * size_of(dtype), rows, cols, matrix.row_stride, matrix.col_stride};
-}
+// What one thread works in; kept from call to call.
+struct Scratch {
+  std::unique_ptr<char, void (*)(void*)> memory{nullptr, &std::free};
+  char *left, *right, *sums;
+  std::vector<const char*> left_lines, right_lines, wanted;
 
-Tensor as_tensor(const Matrix& matrix, ScalarType dtype) {
-  const std::array<int64_t, 2> sizes = {matrix.rows, matrix.cols};
-  const std::array<int64_t, 2> strides = {matrix.row_stride, matrix.col_stride};
-  return torch::stable::from_blob(matrix.data, {sizes.data(), 2}, {strides.data(), 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
-}
-
-Tensor as_tensor(char* vector, int64_t size, ScalarType dtype) {
-  const int64_t stride = 1;
-  return torch::stable::from_blob(vector, {&size, 1}, {&stride, 1},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
-}
-
-// out = left @ right + bias
-void call_mm(const Tensor& left, const Tensor& right, const std::optional<Tensor>& bias, const Tensor& out) {
-  if (!bias.has_value()) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
-                                      torch::stable::detail::from(out)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    (void)torch::stable::detail::to<Tensor>(stack[0]);
-    return;
+  Scratch() {
+    constexpr int64_t kUnit = sizeof(double);
+    // Packing writes whole vectors, so a block may be a vector's worth of rows larger than the tile.
+    constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
+    constexpr int64_t kSums = kTileRows * kTileCols * kUnit;
+    memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + kRight + kSums + 4095) / 4096 * 4096)));
+    MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
+    left = memory.get(), right = left + kLeft, sums = right + kRight;
   }
-  // addmm.out takes Scalars, which the stable ABI cannot pass; linear.out is addmm.out with both at 1.
-  std::array<StableIValue, 4> stack{torch::stable::detail::from(left),
-                                    torch::stable::detail::from(torch::stable::transpose(right, 0, 1)),
-                                    torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
+};
+
+// Pointers to the start of rows (or columns) [first, first + count) of `matrix`, whose elements are adjacent.
+void find_lines(const Matrix& matrix, bool rows, int64_t first, int64_t count, int64_t element_bytes,
+                std::vector<const char*>& lines) {
+  const int64_t stride = (rows ? matrix.row_stride : matrix.col_stride) * element_bytes;
+  const Gather& gather = matrix.gather;
+  lines.resize(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = gather.slots ? gather.slots[first + i] : 0;
+    const bool held = !gather.slots || (slot >= 0 && slot < gather.num_slots);
+    lines[i] = held ? matrix.data + (gather.slots ? slot / gather.topk : first + i) * stride : nullptr;
+  }
 }
 
-void run_tile(const GemmProblem& problem, const Tile& tile, const Dtypes& dtypes) {
-  const int64_t inner = problem.left.cols;
-  Tensor left = as_tensor(block(problem.left, dtypes.factors, tile.row, tile.rows, 0, inner), dtypes.factors);
-  Tensor right = as_tensor(block(problem.right, dtypes.factors, 0, inner, tile.col, tile.cols), dtypes.factors);
-  std::optional<Tensor> bias;
-  if (problem.bias) {
-    bias = as_tensor(problem.bias + tile.col * size_of(dtypes.factors), tile.cols, dtypes.factors);
+// Every cache line of elements [first, first + count) of `lines`.
+void want(const char* const* lines, int64_t num_lines, int64_t first_byte, int64_t bytes,
+          std::vector<const char*>& wanted) {
+  for (int64_t i = 0; i < num_lines; ++i) {
+    for (int64_t byte = 0; lines[i] && byte < bytes; byte += kCacheLine) wanted.push_back(lines[i] + first_byte + byte);
   }
-  Tensor out = as_tensor(block(problem.output, dtypes.output, tile.row, tile.rows, tile.col, tile.cols), dtypes.output);
-  if (!dtypes.widened()) return call_mm(left, right, bias, out);
+}
 
-  left = torch::stable::to(left, ScalarType::Float);
-  right = torch::stable::to(right, ScalarType::Float);
-  if (bias) bias = torch::stable::to(*bias, ScalarType::Float);
-  if (dtypes.output == ScalarType::Float) return call_mm(left, right, bias, out);
-  const Tensor wide = torch::stable::new_empty(left, {tile.rows, tile.cols});
-  call_mm(left, right, bias, wide);
-  torch::stable::copy_(out, wide);
+void multiply_packed(const GemmProblem& problem, const Tile& tile, const GemmKernels& kernels, bool stream,
+                     Scratch& scratch) {
+  const int64_t element = kernels.element_bytes, inner = problem.left.cols, panel = kernels.panel_cols;
+  const bool left_inner = problem.left.col_stride == 1, right_inner = problem.right.row_stride == 1;
+  const int64_t step = kDepth * kernels.elements_per_unit;
+  const int64_t panel_bytes = tile.rows * panel * kernels.unit_bytes;
+  const char* bias = problem.bias ? problem.bias + tile.col * element : nullptr;
+  const int64_t output_stride = problem.right.cols * kernels.output_bytes;
+  char* output = problem.output + tile.row * output_stride + tile.col * kernels.output_bytes;
+
+  if (left_inner) find_lines(problem.left, true, tile.row, tile.rows, element, scratch.left_lines);
+  if (right_inner) find_lines(problem.right, false, tile.col, tile.cols, element, scratch.right_lines);
+  // At least one block, so that a product over nothing still writes its zeros.
+  for (int64_t k = 0; k == 0 || k < inner; k += step) {
+    const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
+    const bool last = k + step >= inner;
+    if (left_inner) {
+      kernels.pack_left_inner(scratch.left, scratch.left_lines.data(), tile.rows, k, count);
+    } else {
+      find_lines(problem.left, false, k, count, element, scratch.left_lines);
+      kernels.pack_left_outer(scratch.left, scratch.left_lines.data(), count, tile.row, tile.rows);
+    }
+    if (!right_inner) find_lines(problem.right, true, k, count, element, scratch.right_lines);
+    for (int64_t col = 0; col < tile.cols; col += panel) {
+      const int64_t cols = std::min(panel, tile.cols - col), next = col + panel;
+      scratch.wanted.clear();
+      if (right_inner) {
+        const char* const* lines = scratch.right_lines.data();
+        kernels.pack_right_inner(scratch.right, lines + col, cols, k, count);
+        // The next panel of this block; after the last, the first of the next block.
+        if (next < tile.cols) {
+          want(lines + next, std::min(panel, tile.cols - next), k * element, count * element, scratch.wanted);
+        } else if (!last) {
+          want(lines, std::min(panel, tile.cols), (k + step) * element, std::min(step, inner - k - step) * element,
+               scratch.wanted);
+        }
+      } else {
+        kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, tile.col + col, cols);
+        if (next < tile.cols) {
+          want(scratch.right_lines.data(), count, (tile.col + next) * element,
+               std::min(panel, tile.cols - next) * element, scratch.wanted);
+        }
+      }
+      // One block needs no sums but those of the panel at hand.
+      char* sums = scratch.sums + (inner > step ? col / panel * panel_bytes : 0);
+      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, scratch.wanted.data(),
+                       static_cast<int64_t>(scratch.wanted.size()));
+      if (last) {
+        kernels.finish(sums, panel, tile.rows, cols, bias ? bias + col * element : nullptr,
+                       output + col * kernels.output_bytes, output_stride, stream);
+      }
+    }
+  }
+}
+
+// A few rows, both factors running along the inner dimension.
+void multiply_few_rows(const GemmProblem& problem, const Tile& tile, const GemmKernels& kernels, Scratch& scratch) {
+  const int64_t element = kernels.element_bytes;
+  find_lines(problem.left, true, tile.row, tile.rows, element, scratch.left_lines);
+  find_lines(problem.right, false, tile.col, tile.cols, element, scratch.right_lines);
+  const int64_t output_stride = problem.right.cols * kernels.output_bytes;
+  char* output = problem.output + tile.row * output_stride + tile.col * kernels.output_bytes;
+  // A row of zeros has no memory: any other row takes its place, and its sums are cleared.
+  const std::vector<const char*> given = scratch.left_lines;
+  std::replace(scratch.left_lines.begin(), scratch.left_lines.end(), static_cast<const char*>(nullptr),
+               scratch.right_lines.front());
+  kernels.dot(scratch.left_lines.data(), tile.rows, scratch.right_lines.data(), tile.cols, problem.left.cols,
+              scratch.sums, kTileCols);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    if (!given[row]) std::memset(scratch.sums + row * kTileCols * kernels.unit_bytes, 0, tile.cols * kernels.unit_bytes);
+  }
+  kernels.finish(scratch.sums, kTileCols, tile.rows, tile.cols,
+                 problem.bias ? problem.bias + tile.col * element : nullptr, output, output_stride, false);
+}
+
+void run_tile(const GemmProblem& problem, const Tile& tile, const GemmKernels& kernels, bool stream) {
+  thread_local Scratch scratch;
+  const bool runs_inner = problem.left.col_stride == 1 && problem.right.row_stride == 1;
+  if (runs_inner && tile.rows <= kMaxDotRows) {
+    multiply_few_rows(problem, tile, kernels, scratch);
+  } else {
+    multiply_packed(problem, tile, kernels, stream, scratch);
+  }
+}
+
+const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
+  const GemmType type = dtype == ScalarType::Double     ? GemmType::kFloat64
+                        : dtype == ScalarType::BFloat16 ? GemmType::kBFloat16
+                        : dtype == ScalarType::Half     ? GemmType::kFloat16
+                                                        : GemmType::kFloat32;
+  const bool wide = dtype != output_dtype;
+#if defined(__x86_64__)
+  static const auto kernels_of = [] {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("x86-64-v3")) return &portable::gemm_kernels;
+    if (!__builtin_cpu_supports("x86-64-v4")) return &avx2::gemm_kernels;
+    return __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::gemm_kernels : &avx512::gemm_kernels;
+  }();
+  return kernels_of(type, wide);
+#else
+  return portable::gemm_kernels(type, wide);
+#endif
 }
 
 }  // namespace
 
 void tiled_gemm(const std::vector<GemmProblem>& problems, ScalarType dtype, ScalarType output_dtype) {
-  const Dtypes dtypes{dtype, output_dtype};
-  const std::vector<Tile> tiles = cut_into_tiles(problems);
-  if (tiles.empty()) return;
+  const GemmKernels& kernels = choose_kernels(dtype, output_dtype);
+  const std::vector<Tile> tiles = cut_into_tiles(problems, kernels.panel_cols);
+  int64_t output_bytes = 0;
+  for (const GemmProblem& p : problems) output_bytes += p.left.rows * p.right.cols * kernels.output_bytes;
+  const bool stream = output_bytes > kStreamedBytes;
 
   std::atomic<size_t> next = 0;
-  std::mutex error_mutex;
-  std::exception_ptr error;
   const auto take_tiles = [&](int64_t, int64_t) {
-    try {
-      for (size_t index = next++; index < tiles.size(); index = next++) {
-        run_tile(problems[tiles[index].problem], tiles[index], dtypes);
-      }
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(error_mutex);
-      error = std::current_exception();
+    for (size_t index = next++; index < tiles.size(); index = next++) {
+      run_tile(problems[tiles[index].problem], tiles[index], kernels, stream);
     }
   };
-  // At least two, so that even one tile runs inside a parallel region, where mm stays on its thread.
   const auto workers = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tiles.size()));
-  torch::stable::parallel_for(0, std::max<int64_t>(2, workers), 1, take_tiles);
-  if (error) std::rethrow_exception(error);
+  if (workers > 0) torch::stable::parallel_for(0, workers, 1, take_tiles);
 }
 
 }  // namespace moe_ext::cpu
