@@ -1,5 +1,5 @@
-// The row-wise half of moe_mlp's backward, between its grouped GEMMs. Row m holds slot = permuted_to_slot[m], the slot
-// of token slot / topk; a row without slot is padding or tail.
+// The row-wise half of moe_mlp's backward on CUDA, between its grouped GEMMs. Row m holds slot = permuted_to_slot[m],
+// the slot of token slot / topk; a row without slot is padding or tail.
 //
 // With H the pre-activation, A = activation(H), s the router weight of the row's slot, and dA' = dO W2 the gradient at
 // A before the router weight:
@@ -32,15 +32,9 @@ struct MlpRows {
 
 // All tensors contiguous. mlp_rows_backward returns (grad_pre_activation [M, 2I or I], grad_topk_weights [T, topk], or
 // [0, topk] without topk_weights). down_bias_grad sums s * dO[token] over the rows of each expert: [E, H].
-#define MOE_DECLARE_MLP_ROWS                                  \
-  std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows); \
-  Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
-namespace cpu {
-MOE_DECLARE_MLP_ROWS
-}
 namespace cuda {
-MOE_DECLARE_MLP_ROWS
-}
-#undef MOE_DECLARE_MLP_ROWS
+std::tuple<Tensor, Tensor> mlp_rows_backward(MlpRows rows);
+Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
+}  // namespace cuda
 
 }  // namespace moe_ext

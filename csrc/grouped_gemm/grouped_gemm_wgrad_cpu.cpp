@@ -42,9 +42,9 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
     const int64_t begin = boundaries[expert], count = boundaries[expert + 1] - begin;
     if (count == 0) continue;
     const int64_t in = shape.in_features, width = shape.out_features;
-    Matrix tokens = {source + (shape.gather ? 0 : begin * in * size), count, in, in, 1};
+    Matrix tokens = row_major(source + (shape.gather ? 0 : begin * in * size), count, in);
     if (shape.gather) tokens.gather = gather_of(*slots, begin, *shape.gather);
-    const Matrix grad = {grads + begin * width * size, count, width, width, 1};
+    const Matrix grad = row_major(grads + begin * width * size, count, width);
     problems.push_back({transposed(enk ? grad : tokens), enk ? tokens : grad, out + expert * expert_bytes});
   }
   tiled_gemm(problems, input.scalar_type(), shape.out_dtype);

@@ -11,12 +11,19 @@ namespace moe_ext::cpu {
 
 // A unit is what one lane of a multiply-add takes: a float, a double, or (AVX512_BF16) two bfloat16 along the inner
 // dimension. 16-bit factors of other instruction sets are widened to float when they are packed.
-constexpr int64_t kDepth = 256;           // units of the inner dimension in one packed block
+constexpr int64_t kDepth = 256;            // units of the inner dimension in one packed block
 constexpr int64_t kLeftStride = 256 + 16;  // units from row to row of a packed left block: not a power of two
 constexpr int64_t kMaxPanelCols = 32;
-constexpr int64_t kMaxDotRows = 16;  // left rows that `dot` takes
 
 enum class GemmType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Cache lines that a kernel fetches on the side: bytes [first_byte, first_byte + bytes) of each line.
+struct Fetch {
+  const char* const* lines = nullptr;
+  int64_t num_lines = 0;
+  int64_t first_byte = 0;
+  int64_t bytes = 0;
+};
 
 // `lines` are pointers to the start of rows (or columns) whose elements are adjacent in memory; null is a line of
 // zeros. "inner" functions take lines that run along the inner dimension, "outer" functions lines across it.
@@ -34,20 +41,28 @@ struct GemmKernels {
   void (*pack_right_inner)(void* right, const char* const* cols, int64_t num_cols, int64_t first, int64_t count);
   void (*pack_right_outer)(void* right, const char* const* lines, int64_t num_lines, int64_t first_col,
                            int64_t num_cols);
-  // sums [num_rows][panel_cols] (+)= left @ right over `depth` units; meanwhile fetches the cache lines of `wanted`.
+  // sums [num_rows][panel_cols] (+)= left @ right over `depth` units.
   void (*multiply)(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
-                   const char* const* wanted, int64_t num_wanted);
-  // sums [num_rows][sums_stride] = rows @ cols^T for up to kMaxDotRows rows: reads every line of `cols` once.
-  void (*dot)(const char* const* rows, int64_t num_rows, const char* const* cols, int64_t num_cols, int64_t inner,
-              void* sums, int64_t sums_stride);
+                   const Fetch& wanted);
+  // sums [num_rows][sums_stride] = rows @ cols^T, for a few rows; lines of `cols` past num_cols, of which num_given are
+  // there, are fetched ahead.
+  void (*dot)(const char* const* rows, int64_t num_rows, const char* const* cols, int64_t num_cols, int64_t num_given,
+              int64_t inner, void* sums, int64_t sums_stride);
+  // sums [num_rows][sums_stride] (+)= packed left @ lines, for a few rows and lines across the inner dimension, none of
+  // them null.
+  void (*axpy)(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,
+               int64_t num_cols, void* sums, int64_t sums_stride, bool first);
+  // sums [num_rows][sums_stride] = elements of the factors' type.
+  void (*widen)(const char* from, int64_t from_stride_bytes, int64_t num_rows, int64_t num_cols, void* sums,
+                int64_t sums_stride);
   // output = sums + bias, rounded once. `bias` has the factors' type or is null; `stream` bypasses the caches.
   void (*finish)(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num_cols, const char* bias,
                  char* output, int64_t output_stride_bytes, bool stream);
 };
 
 // For factors of `type`; `wide` outputs are float32 for 16-bit factors. One function per instruction set.
-#define MOE_GEMM_KERNELS(isa) \
-  namespace isa {             \
+#define MOE_GEMM_KERNELS(isa)                                \
+  namespace isa {                                            \
   const GemmKernels& gemm_kernels(GemmType type, bool wide); \
   }
 MOE_GEMM_KERNELS(portable)
