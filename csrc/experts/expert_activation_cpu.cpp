@@ -56,9 +56,9 @@ Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_a
       parallel_rows(rows.size(0), (2 * row_width + width) * static_cast<int64_t>(sizeof(scalar_t)),
                     [&](int64_t begin, int64_t end) {
                       for (int64_t row = begin; row < end; ++row) {
-                        activate_row_backward<kind.value, stride.value, false>(
-                            source + row * row_width, grad + row * width, destination + row * row_width, width,
-                            acc_t(1), alpha, limit);
+                        activate_row_backward<kind.value, stride.value>(source + row * row_width, grad + row * width,
+                                                                        destination + row * row_width, width, alpha,
+                                                                        limit);
                       }
                     });
     });

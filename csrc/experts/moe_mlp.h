@@ -2,7 +2,8 @@
 //   H = gather(input) @ gate_up + gate_up_bias        the pre-activation, [M, 2I] (gated) or [M, I]
 //   output = sum over a token's rows of topk_weight * (activation(H) @ down + down_bias), in fp32
 // moe_mlp_backward needs input, H and the plan; nothing else of size [M, ...] is kept.
-// moe_mlp_compose.h has both as compositions of grouped GEMMs and row kernels, once for both backends.
+// On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); moe_mlp_compose.h makes CUDA's of grouped
+// GEMMs and row kernels.
 #pragma once
 
 #include <tuple>
@@ -64,6 +65,30 @@ inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight,
   check_bias(gate_up_bias, "gate_up_bias", shape.gate_up_width, "the gate and up columns of gate_up_weight");
   check_bias(down_bias, "down_bias", shape.hidden_size, "hidden_size, as in input");
   if (topk_weights.has_value()) check_topk_weights(*topk_weights, input, "input", shape.maps);
+  return shape;
+}
+
+inline MlpShape check_moe_mlp_backward(const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight,
+                                       const Tensor& down_weight, const Tensor& expert_offsets,
+                                       const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
+                                       const std::optional<Tensor>& topk_weights,
+                                       const std::optional<Tensor>& gate_up_bias,
+                                       const std::optional<Tensor>& down_bias, const Tensor& pre_activation,
+                                       int64_t topk, const std::string& weight_layout, const std::string& activation,
+                                       const std::string& gate_up_layout, double activation_alpha,
+                                       double activation_limit) {
+  const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
+                                       slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
+                                       activation, gate_up_layout, activation_alpha, activation_limit);
+  check_tensor(grad_output, "grad_output", {input.scalar_type()}, 2, "[num_tokens, hidden_size]");
+  check_size(grad_output, "grad_output", 0, shape.maps.num_tokens, "num_tokens");
+  check_size(grad_output, "grad_output", 1, shape.hidden_size, "hidden_size, as in input");
+  check_same_device(grad_output, "grad_output", input, "input");
+  check_tensor(pre_activation, "pre_activation", {input.scalar_type()}, 2, "[num_rows, gate and up columns]");
+  check_size(pre_activation, "pre_activation", 0, shape.maps.num_rows,
+             "num_rows; moe_mlp returns it with save_pre_activation");
+  check_size(pre_activation, "pre_activation", 1, shape.gate_up_width, "the gate and up columns of gate_up_weight");
+  check_same_device(pre_activation, "pre_activation", input, "input");
   return shape;
 }
 

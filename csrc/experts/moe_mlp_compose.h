@@ -51,19 +51,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
     const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk,
     const std::string& weight_layout, const std::string& activation, const std::string& gate_up_layout,
     double activation_alpha, double activation_limit) {
-  const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
-                                       slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
-                                       activation, gate_up_layout, activation_alpha, activation_limit);
-  check_tensor(grad_output, "grad_output", {input.scalar_type()}, 2, "[num_tokens, hidden_size]");
-  check_size(grad_output, "grad_output", 0, shape.maps.num_tokens, "num_tokens");
-  check_size(grad_output, "grad_output", 1, shape.hidden_size, "hidden_size, as in input");
-  check_same_device(grad_output, "grad_output", input, "input");
-  check_tensor(pre_activation, "pre_activation", {input.scalar_type()}, 2, "[num_rows, gate and up columns]");
-  check_size(pre_activation, "pre_activation", 0, shape.maps.num_rows,
-             "num_rows; moe_mlp returns it with save_pre_activation");
-  check_size(pre_activation, "pre_activation", 1, shape.gate_up_width, "the gate and up columns of gate_up_weight");
-  check_same_device(pre_activation, "pre_activation", input, "input");
-
+  const MlpShape shape =
+      check_moe_mlp_backward(grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
+                             slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
+                             weight_layout, activation, gate_up_layout, activation_alpha, activation_limit);
   const std::string backward_layout = transposed_layout(weight_layout);
   const auto grouped_gemm = [&](const GatheredRows& a, const Tensor& weight) {
     return std::get<0>(Backend::grouped_gemm(a.rows, weight, expert_offsets, backward_layout, std::nullopt,

@@ -2,31 +2,94 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "moe_mlp_compose.h"
+#include <cstring>
+
+#include "../common/huge_pages.h"
+#include "../common/optional_tensor.h"
+#include "expert_pipeline.h"
+#include "up_projection.h"
 
 namespace moe_ext::cpu {
-namespace {
 
-struct Backend {
-  static constexpr auto grouped_gemm = &cpu::grouped_gemm;
-  static constexpr auto grouped_gemm_wgrad = &cpu::grouped_gemm_wgrad;
-  static constexpr auto grouped_bias_grad = &cpu::grouped_bias_grad;
-  static constexpr auto permute = &cpu::permute;
-  static constexpr auto unpermute = &cpu::unpermute;
-  static constexpr auto mlp_rows_backward = &cpu::mlp_rows_backward;
-  static constexpr auto down_bias_grad = &cpu::down_bias_grad;
-  static std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows&, const Tensor&, const std::string&) {
-    return {};
-  }
-};
+// Per expert: gather, up projection and activation (first stage), down projection (second stage) to rows in expert
+// order; then every token sums its rows. The activations of three experts or so are all that exists of [M, I].
+std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,
+                                   const Tensor& expert_offsets, const Tensor& permuted_to_slot,
+                                   const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,
+                                   const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
+                                   int64_t topk, std::string weight_layout, std::string activation,
+                                   std::string gate_up_layout, double activation_alpha, double activation_limit,
+                                   bool save_pre_activation) {
+  const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
+                                       slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
+                                       activation, gate_up_layout, activation_alpha, activation_limit);
+  const WeightLayout layout = check_weight_layout(weight_layout);
+  const Tensor tokens = torch::stable::contiguous(input), slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor gate_up = with_adjacent_elements(gate_up_weight), down = with_adjacent_elements(down_weight);
+  const std::optional<Tensor> up_bias = contiguous_if_any(gate_up_bias), out_bias = contiguous_if_any(down_bias);
+  const int64_t num_rows = shape.maps.num_rows, width = shape.gate_up_width;
+  const int64_t inner = shape.intermediate_size, hidden = shape.hidden_size;
+  const auto size = static_cast<int64_t>(input.element_size());
+  const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, num_rows);
+  const std::vector<Group> groups = largest_first(boundaries);
+  const UpProjection up(input.scalar_type(), shape.activation, width);
+  const GemmKernels& kernels = up.kernels;
+  const auto num_groups = static_cast<int64_t>(groups.size());
 
-}  // namespace
+  Tensor pre_activation = new_empty_large(input, {save_pre_activation ? num_rows : 0, width});
+  Tensor rows = new_empty_large(input, {num_rows, hidden});
+  const auto bytes_of = [](const std::optional<Tensor>& tensor) {
+    return tensor ? static_cast<const char*>(tensor->const_data_ptr()) : nullptr;
+  };
+  const auto clear_rows_of_no_expert = [&](Tensor& tensor, int64_t columns) {
+    auto* data = static_cast<char*>(tensor.mutable_data_ptr());
+    std::memset(data, 0, boundaries.front() * columns * size);
+    std::memset(data + boundaries.back() * columns * size, 0, (num_rows - boundaries.back()) * columns * size);
+  };
+  clear_rows_of_no_expert(rows, hidden);
+  if (save_pre_activation) clear_rows_of_no_expert(pre_activation, width);
 
-MOE_DEFINE_MOE_MLP(Backend)
+  const auto up_grid = [&](const Group& group) { return up.grid(group.rows, num_groups); };
+  const ExpertPipeline pipeline(groups, groups.empty() ? 0 : up_grid(groups.back()).count());
+  Tensor activated = new_empty_large(input, {pipeline.num_rows(), inner});
+  const char* x = static_cast<const char*>(tokens.const_data_ptr());
+  const char *added_up = bytes_of(up_bias), *added_out = bytes_of(out_bias);
+  char* kept = save_pre_activation ? static_cast<char*>(pre_activation.mutable_data_ptr()) : nullptr;
+  char *hot = static_cast<char*>(activated.mutable_data_ptr()), *out = static_cast<char*>(rows.mutable_data_ptr());
+
+  enum Stage { kUp, kDown };
+  TileQueue queue;
+  pipeline.fill(
+      queue,
+      [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
+        queue.add(kUp, static_cast<int32_t>(index), up_grid(groups[index]), waits, done);
+      },
+      [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
+        const TileGrid grid(groups[index].rows, hidden, num_groups, kTileCols, kernels);
+        queue.add(kDown, static_cast<int32_t>(index), grid, waits, done);
+      });
+  queue.run(num_rows * hidden * (width + inner), [&](const TileQueue::Task& task) {
+    const Group& group = groups[task.group];
+    const Tile& tile = task.tile;
+    char* activated_rows = hot + pipeline.buffer_row(task.group) * inner * size;
+    if (task.kind == kUp) {
+      const Matrix gathered = row_major(x, group.rows, hidden, gather_of(slots, group.begin, shape.maps));
+      up.run(gathered, expert_factor(gate_up, group.expert, layout),
+             added_up ? added_up + group.expert * width * size : nullptr,
+             kept ? kept + group.begin * width * size : nullptr, activated_rows, tile);
+      return;
+    }
+    const Product product = {row_major(activated_rows, group.rows, inner), expert_factor(down, group.expert, layout)};
+    const char* bias = added_out ? added_out + group.expert * hidden * size : nullptr;
+    multiply_tile(product, tile, kernels, [&](const TileSums& sums) {
+      const int64_t col = tile.col + sums.col;
+      kernels.finish(sums.sums, sums.stride, tile.rows, sums.cols, bias ? bias + col * size : nullptr,
+                     out + ((group.begin + tile.row) * hidden + col) * size, hidden * size, false);
+    });
+  });
+  return {unpermute(rows, permuted_to_slot, slot_to_permuted, topk_weights, topk), pre_activation};
+}
 
 }  // namespace moe_ext::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("moe_mlp", TORCH_BOX(&moe_ext::cpu::moe_mlp));
-  m.impl("moe_mlp_backward", TORCH_BOX(&moe_ext::cpu::moe_mlp_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("moe_mlp", TORCH_BOX(&moe_ext::cpu::moe_mlp)); }

@@ -1,5 +1,5 @@
-// The row-wise half of moe_mlp's backward, between its grouped GEMMs. Row m holds slot = permuted_to_slot[m], the slot
-// of token slot / topk; a row without slot is padding or tail.
+// The row-wise half of moe_mlp's backward on CUDA, between its grouped GEMMs. Row m holds slot = permuted_to_slot[m],
+// the slot of token slot / topk; a row without slot is padding or tail.
 //
 // With H the pre-activation, A = activation(H), s the router weight of the row's slot, and dA' = dO W2 the gradient at
 // A before the router weight:
@@ -35,21 +35,17 @@ struct MlpRowGradients {
   Tensor grad_topk_weights;    // [T, topk], or [0, topk] without topk_weights
 };
 
-// All tensors contiguous. mlp_rows_backward overwrites `grad_activated`, which holds dA', with s * A. down_bias_grad sums
-// s * dO[token] over the rows of each expert: [E, H].
-#define MOE_DECLARE_MLP_ROWS                                                         \
-  MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated); \
-  Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
-namespace cpu {
-MOE_DECLARE_MLP_ROWS
-}
 namespace cuda {
-MOE_DECLARE_MLP_ROWS
+
+// All tensors contiguous. Overwrites `grad_activated`, which holds dA', with s * A.
+MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated);
 // dA' = gathered dO times `down_weight` (of `layout`) and the row-wise half above in one kernel; nothing where there is
 // none for these shapes and this device.
 std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows& rows, const Tensor& down_weight,
                                                        const std::string& layout);
-}
-#undef MOE_DECLARE_MLP_ROWS
+// The sum of s * dO[token] over the rows of each expert: [E, H].
+Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
+
+}  // namespace cuda
 
 }  // namespace moe_ext

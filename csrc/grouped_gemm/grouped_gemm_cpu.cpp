@@ -6,8 +6,8 @@
 
 #include "../common/huge_pages.h"
 #include "../common/optional_tensor.h"
-#include "../experts/expert_activation.h"
-#include "../permutation/permute.h"
+#include "../experts/up_projection.h"
+#include "cpu/tile_queue.h"
 #include "tiled_gemm.h"
 
 namespace moe_ext::cpu {
@@ -21,38 +21,57 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   const GroupedGemmShape shape =
       check_grouped_gemm(input, weight, expert_offsets, weight_layout, bias, permuted_to_slot, slot_to_permuted, topk,
                          activation, gate_up_layout, activation_alpha, activation_limit);
-  const Tensor rows =
-      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
+  const Tensor rows = torch::stable::contiguous(input);
+  const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
   const std::optional<Tensor> biases = contiguous_if_any(bias);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const auto size = static_cast<int64_t>(input.element_size());
   const int64_t inner = shape.in_features, width = shape.out_features;
-  Tensor product = new_empty_large(input, {shape.num_rows, width});
+  const int64_t output_width = shape.activation.output_width(width);
+  const bool keep = save_pre_activation && shape.activation.kind != Activation::kNone;
+  const Tensor stored = with_adjacent_elements(weight);
+  Tensor output = new_empty_large(input, {shape.num_rows, output_width});
+  Tensor pre_activation = new_empty_large(input, {keep ? shape.num_rows : 0, width});
+  auto* out = static_cast<char*>(output.mutable_data_ptr());
+  auto* kept = keep ? static_cast<char*>(pre_activation.mutable_data_ptr()) : nullptr;
+  const auto clear_rows_of_no_expert = [&](char* data, int64_t columns) {
+    std::memset(data, 0, boundaries.front() * columns * size);
+    std::memset(data + boundaries.back() * columns * size, 0, (shape.num_rows - boundaries.back()) * columns * size);
+  };
+  clear_rows_of_no_expert(out, output_width);
+  if (kept) clear_rows_of_no_expert(kept, width);
 
-  auto* out = static_cast<char*>(product.mutable_data_ptr());
-  std::memset(out, 0, boundaries.front() * width * size);
-  std::memset(out + boundaries.back() * width * size, 0, (shape.num_rows - boundaries.back()) * width * size);
-  // The factors are only read; the views that the GEMM takes have no const.
-  auto* left = static_cast<char*>(const_cast<void*>(rows.const_data_ptr()));
-  auto* right = static_cast<char*>(const_cast<void*>(weight.const_data_ptr()));
-  auto* added = biases ? static_cast<char*>(const_cast<void*>(biases->const_data_ptr())) : nullptr;
-  std::vector<GemmProblem> problems;
-  for (int64_t expert = 0; expert < shape.num_experts; ++expert) {
-    const int64_t begin = boundaries[expert], count = boundaries[expert + 1] - begin;
-    if (count == 0 || width == 0) continue;
-    // Weights keep their strides: a transposed or sliced tensor of weights is multiplied in place, without a copy.
-    const Matrix stored = {right + expert * weight.stride(0) * size, weight.size(1), weight.size(2), weight.stride(1),
-                           weight.stride(2)};
-    problems.push_back({{left + begin * inner * size, count, inner, inner, 1},
-                        shape.layout == WeightLayout::kENK ? transposed(stored) : stored,
-                        {out + begin * width * size, count, width, width, 1},
-                        added ? added + expert * width * size : nullptr});
+  const char* source = static_cast<const char*>(rows.const_data_ptr());
+  const char* added = biases ? static_cast<const char*>(biases->const_data_ptr()) : nullptr;
+  const std::vector<Group> groups = largest_first(boundaries);
+  const auto tokens_of = [&](const Group& group) {
+    Matrix tokens = row_major(source + (shape.gather ? 0 : group.begin * inner * size), group.rows, inner);
+    if (shape.gather) tokens.gather = gather_of(*slots, group.begin, *shape.gather);
+    return tokens;
+  };
+  const auto bias_of = [&](const Group& group) { return added ? added + group.expert * width * size : nullptr; };
+
+  if (shape.activation.kind == Activation::kNone) {
+    std::vector<GemmProblem> problems;
+    for (const Group& group : groups) {
+      problems.push_back({tokens_of(group), expert_factor(stored, group.expert, shape.layout),
+                          out + group.begin * width * size, bias_of(group)});
+    }
+    tiled_gemm(problems, input.scalar_type(), input.scalar_type());
+    return {output, torch::stable::new_empty(input, {0, width})};
   }
-  tiled_gemm(problems, input.scalar_type(), input.scalar_type());
-
-  if (shape.activation.kind == Activation::kNone) return {product, torch::stable::new_empty(input, {0, width})};
-  Tensor output = activate_rows(product, shape.activation);
-  return {output, save_pre_activation ? product : torch::stable::new_empty(input, {0, width})};
+  const UpProjection up(input.scalar_type(), shape.activation, width);
+  TileQueue queue;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const TileGrid grid = up.grid(groups[i].rows, static_cast<int64_t>(groups.size()));
+    queue.add(0, static_cast<int32_t>(i), grid, TileQueue::kNone, TileQueue::kNone);
+  }
+  queue.run(shape.num_rows * inner * width, [&](const TileQueue::Task& task) {
+    const Group& group = groups[task.group];
+    up.run(tokens_of(group), expert_factor(stored, group.expert, shape.layout), bias_of(group),
+           kept ? kept + group.begin * width * size : nullptr, out + group.begin * output_width * size, task.tile);
+  });
+  return {output, pre_activation};
 }
 
 }  // namespace moe_ext::cpu

@@ -6,7 +6,7 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
-#include "../permutation/permute.h"
+#include "../common/optional_tensor.h"
 #include "tiled_gemm.h"
 
 namespace moe_ext::cpu {
@@ -17,8 +17,8 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                           std::optional<ScalarType> out_dtype) {
   const GroupedWgradShape shape = check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout,
                                                            permuted_to_slot, slot_to_permuted, topk, out_dtype);
-  const Tensor rows =
-      shape.gather ? permute(input, *permuted_to_slot, *slot_to_permuted, topk) : torch::stable::contiguous(input);
+  const Tensor rows = torch::stable::contiguous(input);
+  const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const bool enk = shape.layout == WeightLayout::kENK;
@@ -29,8 +29,8 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
 
   const auto size = static_cast<int64_t>(input.element_size());
   const int64_t expert_bytes = left_width * right_width * static_cast<int64_t>(grad_weight.element_size());
-  auto* left = static_cast<char*>(const_cast<void*>((enk ? gradient : rows).const_data_ptr()));
-  auto* right = static_cast<char*>(const_cast<void*>((enk ? rows : gradient).const_data_ptr()));
+  const auto* source = static_cast<const char*>(rows.const_data_ptr());
+  const auto* grads = static_cast<const char*>(gradient.const_data_ptr());
   auto* out = static_cast<char*>(grad_weight.mutable_data_ptr());
   parallel_rows(shape.num_experts, expert_bytes, [&](int64_t first, int64_t last) {
     for (int64_t expert = first; expert < last; ++expert) {
@@ -41,9 +41,11 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
   for (int64_t expert = 0; expert < shape.num_experts && expert_bytes > 0; ++expert) {
     const int64_t begin = boundaries[expert], count = boundaries[expert + 1] - begin;
     if (count == 0) continue;
-    problems.push_back({transposed({left + begin * left_width * size, count, left_width, left_width, 1}),
-                        {right + begin * right_width * size, count, right_width, right_width, 1},
-                        {out + expert * expert_bytes, left_width, right_width, right_width, 1}});
+    const int64_t in = shape.in_features, width = shape.out_features;
+    Matrix tokens = row_major(source + (shape.gather ? 0 : begin * in * size), count, in);
+    if (shape.gather) tokens.gather = gather_of(*slots, begin, *shape.gather);
+    const Matrix grad = row_major(grads + begin * width * size, count, width);
+    problems.push_back({transposed(enk ? grad : tokens), enk ? tokens : grad, out + expert * expert_bytes});
   }
   tiled_gemm(problems, input.scalar_type(), shape.out_dtype);
   return grad_weight;

@@ -1,36 +1,26 @@
-// Many dense products of different sizes at once on the CPU, through the GEMM that torch carries (MKL, oneDNN).
+// Many dense products of different sizes at once on the CPU.
 //
-// The products are cut into tiles whose sizes depend on the products alone; threads take tiles from a queue, the
-// largest first, and each tile is one single-threaded aten::mm. So the result is bitwise the same for any number of
-// threads, one product or hundreds keep every core busy, and a skewed routing costs nothing extra. Measured on 2 cores,
-// [4096, 2048] x [64, 2048, 2048] in fp32: a loop of mm over experts 390 ms, torch's grouped_mm 315 ms.
+// The products are cut into tiles; threads take tiles from a queue, the largest products first, and each tile is a
+// packed GEMM on one thread (cpu/multiply_tile.h). Every element is summed in one order, however the products are cut,
+// so the result is bitwise the same for any number of threads.
+//
+// Its own kernels, not the GEMM that torch carries: that one packs an expert's weights as if thousands of rows were to
+// follow, reads gathered rows only from a copy, and has no fast path for float16 or for float32 gradients of bfloat16
+// factors.
 #pragma once
 
 #include <vector>
 
-#include "../common/dtypes.h"
+#include "matrices.h"
 
 namespace moe_ext::cpu {
-
-// A matrix in memory; strides count elements.
-struct Matrix {
-  char* data;
-  int64_t rows;
-  int64_t cols;
-  int64_t row_stride;
-  int64_t col_stride;
-};
-
-inline Matrix transposed(const Matrix& matrix) {
-  return {matrix.data, matrix.cols, matrix.rows, matrix.col_stride, matrix.row_stride};
-}
 
 // output [rows, cols] = left [rows, inner] @ right [inner, cols] + bias [cols]
 struct GemmProblem {
   Matrix left;
   Matrix right;
-  Matrix output;
-  char* bias = nullptr;  // in the dtype of the factors
+  char* output;                // row-major, contiguous
+  const char* bias = nullptr;  // in the dtype of the factors
 };
 
 // `output_dtype` is `dtype`, or float32 for 16-bit factors. Accumulates in fp32 (float64 for float64).

@@ -1,0 +1,62 @@
+// The up projection of one expert on the CPU: product, bias and activation, tile by tile. The pre-activation leaves the
+// tile only where it is to be kept.
+#pragma once
+
+#include "../grouped_gemm/cpu/multiply_tile.h"
+#include "activation_blocks.h"
+
+namespace moe_ext::cpu {
+
+// What all experts of a call share.
+struct UpProjection {
+  const GemmKernels& kernels;
+  ActivationSpec activation;
+  int64_t width;  // of the pre-activation
+  ActivationBlocks blocks;
+
+  UpProjection(ScalarType dtype, const ActivationSpec& spec, int64_t columns)
+      : kernels(choose_kernels(dtype, dtype)),
+        activation(spec),
+        width(columns),
+        blocks(activation_blocks(spec, dtype == ScalarType::Double)) {}
+
+  bool pairs() const { return activation.gated() && !activation.interleaved; }
+  int64_t pair() const { return pairs() ? width / 2 : 0; }
+
+  // Tiles of the columns of the product, or, where they come in pairs, of the gate's.
+  TileGrid grid(int64_t rows, int64_t num_experts) const {
+    return {rows, pairs() ? width / 2 : width, num_experts, pairs() ? kTileCols / 2 : kTileCols, kernels};
+  }
+
+  // All pointers are to the first row of the expert; bias and pre_activation may be null.
+  void run(const Matrix& tokens, const Matrix& factor, const char* bias, char* pre_activation, char* activated,
+           const Tile& tile) const {
+    const bool is_double = kernels.unit_bytes == sizeof(double);
+    const int64_t element = kernels.element_bytes;
+    thread_local double buffer[kTileRows * kMaxPanelCols];
+    multiply_tile({tokens, factor, pair()}, tile, kernels, [&](const TileSums& sums) {
+      for (char* half : {sums.sums, sums.pair}) {
+        if (!half) continue;
+        const int64_t col = tile.col + sums.col + (half == sums.pair ? pair() : 0);
+        if (bias) {
+          double added[kMaxPanelCols];
+          kernels.widen(bias + col * element, 0, 1, sums.cols, added, 0);
+          add_to_rows(half, sums.stride, tile.rows, sums.cols, added, is_double);
+        }
+        if (pre_activation) {
+          kernels.finish(half, sums.stride, tile.rows, sums.cols, nullptr,
+                         pre_activation + (tile.row * width + col) * element, width * element, false);
+        }
+      }
+      const bool interleaved = activation.gated() && !sums.pair;
+      const int64_t halves = interleaved ? 2 : 1, cols = sums.cols / halves;
+      const char* up = interleaved ? sums.sums + kernels.unit_bytes : sums.pair;
+      blocks.activate(sums.sums, up, sums.stride, buffer, kMaxPanelCols, tile.rows, cols, activation);
+      const int64_t output_width = activation.output_width(width), col = (tile.col + sums.col) / halves;
+      kernels.finish(buffer, kMaxPanelCols, tile.rows, cols, nullptr,
+                     activated + (tile.row * output_width + col) * element, output_width * element, false);
+    });
+  }
+};
+
+}  // namespace moe_ext::cpu

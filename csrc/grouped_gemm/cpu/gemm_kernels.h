@@ -1,0 +1,74 @@
+// The inner loops of a packed GEMM on the CPU, one set for each instruction set and dtype. tiled_gemm_cpu.cpp drives
+// them; gemm_kernels_impl.h holds the code, which gemm_kernels_<isa>.cpp compiles with the flags of that ISA.
+//
+// No other header may be included here or there: an inline function compiled with AVX-512 could be the copy that the
+// linker keeps for everyone.
+#pragma once
+
+#include <cstdint>
+
+namespace moe_ext::cpu {
+
+// A unit is what one lane of a multiply-add takes: a float, a double, or (AVX512_BF16) two bfloat16 along the inner
+// dimension. 16-bit factors of other instruction sets are widened to float when they are packed.
+constexpr int64_t kDepth = 256;            // units of the inner dimension in one packed block
+constexpr int64_t kLeftStride = 256 + 16;  // units from row to row of a packed left block: not a power of two
+constexpr int64_t kMaxPanelCols = 32;
+
+enum class GemmType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Cache lines that a kernel fetches on the side: bytes [first_byte, first_byte + bytes) of each line.
+struct Fetch {
+  const char* const* lines = nullptr;
+  int64_t num_lines = 0;
+  int64_t first_byte = 0;
+  int64_t bytes = 0;
+};
+
+// `lines` are pointers to the start of rows (or columns) whose elements are adjacent in memory; null is a line of
+// zeros. "inner" functions take lines that run along the inner dimension, "outer" functions lines across it.
+struct GemmKernels {
+  int64_t element_bytes;      // of a factor
+  int64_t output_bytes;       // of an output element
+  int64_t unit_bytes;         // also of an accumulator
+  int64_t elements_per_unit;  // along the inner dimension
+  int64_t panel_cols;         // columns of a packed right block
+
+  // left [rows][kLeftStride] of units; first and count are elements of the lines.
+  void (*pack_left_inner)(void* left, const char* const* rows, int64_t num_rows, int64_t first, int64_t count);
+  void (*pack_left_outer)(void* left, const char* const* lines, int64_t num_lines, int64_t first_row, int64_t num_rows);
+  // right [depth][panel_cols] of units, zeros in the columns past num_cols.
+  void (*pack_right_inner)(void* right, const char* const* cols, int64_t num_cols, int64_t first, int64_t count);
+  void (*pack_right_outer)(void* right, const char* const* lines, int64_t num_lines, int64_t first_col,
+                           int64_t num_cols);
+  // sums [num_rows][panel_cols] (+)= left @ right over `depth` units.
+  void (*multiply)(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
+                   const Fetch& wanted);
+  // sums [num_rows][sums_stride] = rows @ cols^T, for a few rows; lines of `cols` past num_cols, of which num_given are
+  // there, are fetched ahead.
+  void (*dot)(const char* const* rows, int64_t num_rows, const char* const* cols, int64_t num_cols, int64_t num_given,
+              int64_t inner, void* sums, int64_t sums_stride);
+  // sums [num_rows][sums_stride] (+)= packed left @ lines, for a few rows and lines across the inner dimension, none of
+  // them null.
+  void (*axpy)(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,
+               int64_t num_cols, void* sums, int64_t sums_stride, bool first);
+  // sums [num_rows][sums_stride] = elements of the factors' type.
+  void (*widen)(const char* from, int64_t from_stride_bytes, int64_t num_rows, int64_t num_cols, void* sums,
+                int64_t sums_stride);
+  // output = sums + bias, rounded once. `bias` has the factors' type or is null; `stream` bypasses the caches.
+  void (*finish)(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num_cols, const char* bias,
+                 char* output, int64_t output_stride_bytes, bool stream);
+};
+
+// For factors of `type`; `wide` outputs are float32 for 16-bit factors. One function per instruction set.
+#define MOE_GEMM_KERNELS(isa)                                \
+  namespace isa {                                            \
+  const GemmKernels& gemm_kernels(GemmType type, bool wide); \
+  }
+MOE_GEMM_KERNELS(portable)
+MOE_GEMM_KERNELS(avx2)
+MOE_GEMM_KERNELS(avx512)
+MOE_GEMM_KERNELS(avx512_bf16)
+#undef MOE_GEMM_KERNELS
+
+}  // namespace moe_ext::cpu

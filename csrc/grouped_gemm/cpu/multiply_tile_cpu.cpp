@@ -1,0 +1,239 @@
+#include "multiply_tile.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace moe_ext::cpu {
+namespace {
+
+// Tiles are narrowed down to this while there are fewer than kTilesPerThread for each thread.
+constexpr int64_t kSmallestTile = 64;
+constexpr int64_t kTilesPerThread = 8;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What one thread works in; kept from call to call.
+struct Scratch {
+  std::unique_ptr<char, void (*)(void*)> memory{nullptr, &std::free};
+  char *left, *right, *sums;
+  std::vector<const char*> left_lines, right_lines;
+
+  Scratch() {
+    constexpr int64_t kUnit = sizeof(double);
+    // Packing writes whole vectors, so a block may be a vector's worth of rows larger than the tile.
+    constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
+    constexpr int64_t kSums = kTileRows * kTileCols * kUnit;
+    memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + kRight + kSums + 4095) / 4096 * 4096)));
+    MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
+    left = memory.get(), right = left + kLeft, sums = right + kRight;
+  }
+};
+
+// Appends pointers to the start of lines [first, first + count) of `matrix`.
+void add_lines(const Matrix& matrix, int64_t first, int64_t count, int64_t element_bytes,
+               std::vector<const char*>& lines) {
+  const int64_t stride = matrix.line_stride * element_bytes;
+  const Gather& gather = matrix.gather;
+  for (int64_t i = first; i < first + count; ++i) {
+    if (!gather.slots) {
+      lines.push_back(matrix.data + i * stride);
+    } else {
+      lines.push_back(gather.holds(i) ? matrix.data + gather.slots[i] / gather.topk * stride : nullptr);
+    }
+  }
+}
+
+// The panels of a tile's columns: with a pair, each is followed by its partner.
+struct Panels {
+  int64_t first_col, num_cols, pair, width;
+
+  int64_t count() const { return divide_up(num_cols, width) * (pair ? 2 : 1); }
+  int64_t col(int64_t panel) const { return (pair ? panel / 2 : panel) * width; }  // in the tile
+  int64_t cols(int64_t panel) const { return std::min(width, num_cols - col(panel)); }
+  int64_t source(int64_t panel) const { return first_col + col(panel) + (pair && panel % 2 ? pair : 0); }
+  bool completes(int64_t panel) const { return !pair || panel % 2; }
+};
+
+void multiply_packed(const Product& product, const Tile& tile, const GemmKernels& kernels,
+                     const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
+  const int64_t element = kernels.element_bytes, inner = product.left.cols;
+  const bool left_inner = product.left.lines_are_rows, right_inner = !product.right.lines_are_rows;
+  const int64_t step = kDepth * kernels.elements_per_unit;
+  const Panels panels = {tile.col, tile.cols, product.pair, kernels.panel_cols};
+  const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes, num_panels = panels.count();
+
+  scratch.left_lines.clear(), scratch.right_lines.clear();
+  if (left_inner) add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
+  for (int64_t panel = 0; right_inner && panel < num_panels; ++panel) {
+    add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
+  }
+  // At least one block, so that a product over nothing still gives its zeros.
+  for (int64_t k = 0; k == 0 || k < inner; k += step) {
+    const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
+    const bool last = k + step >= inner;
+    if (left_inner) {
+      kernels.pack_left_inner(scratch.left, scratch.left_lines.data(), tile.rows, k, count);
+    } else {
+      scratch.left_lines.clear();
+      add_lines(product.left, k, count, element, scratch.left_lines);
+      kernels.pack_left_outer(scratch.left, scratch.left_lines.data(), count, tile.row, tile.rows);
+    }
+    if (!right_inner) {
+      scratch.right_lines.clear();
+      add_lines(product.right, k, count, element, scratch.right_lines);
+    }
+    int64_t line = 0;
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      const int64_t cols = panels.cols(panel);
+      const bool more = panel + 1 < num_panels;
+      const int64_t next_cols = panels.cols(more ? panel + 1 : 0);
+      // While a panel is multiplied, the next one's weights are fetched; after the last, the first of the next block.
+      Fetch wanted;
+      if (right_inner) {
+        const char* const* lines = scratch.right_lines.data();
+        kernels.pack_right_inner(scratch.right, lines + line, cols, k, count);
+        line += cols;
+        if (more) wanted = {lines + line, next_cols, k * element, count * element};
+        if (!more && !last)
+          wanted = {lines, next_cols, (k + step) * element, std::min(step, inner - k - step) * element};
+      } else {
+        kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, panels.source(panel), cols);
+        if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
+      }
+      // One block needs no sums but those of the panel (and its partner) at hand.
+      char* sums = scratch.sums + (inner > step ? panel : panel % 2) * panel_bytes;
+      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, wanted);
+      if (last && panels.completes(panel)) {
+        char* first = product.pair ? sums - panel_bytes : sums;
+        finish({panels.col(panel), cols, first, product.pair ? sums : nullptr, kernels.panel_cols});
+      }
+    }
+  }
+}
+
+// A few rows, each running along the inner dimension. Sums lie as [rows][kTileCols], a pair's second half behind.
+void multiply_few_rows(const Product& product, const Tile& tile, const GemmKernels& kernels,
+                       const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
+  const int64_t element = kernels.element_bytes, inner = product.left.cols;
+  const Panels panels = {tile.col, tile.cols, product.pair, kernels.panel_cols};
+  const int64_t num_panels = panels.count();
+  const auto sums_at = [&](int64_t col) { return scratch.sums + col * kernels.unit_bytes; };
+  const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width;
+  const auto finish_panel = [&](int64_t panel) {
+    const int64_t col = panels.col(panel);
+    finish({col, panels.cols(panel), sums_at(col), product.pair ? sums_at(pair_at + col) : nullptr, kTileCols});
+  };
+  scratch.left_lines.clear(), scratch.right_lines.clear();
+  add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
+  if (!product.right.lines_are_rows) {
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
+    }
+    // A row of zeros has no memory: any other line takes its place, and its sums are cleared.
+    const std::vector<const char*> given = scratch.left_lines;
+    std::replace(scratch.left_lines.begin(), scratch.left_lines.end(), static_cast<const char*>(nullptr),
+                 scratch.right_lines.front());
+    int64_t line = 0;
+    for (int64_t panel = 0; panel < num_panels; ++panel) {
+      const int64_t cols = panels.cols(panel);
+      char* sums = sums_at(panels.col(panel) + (product.pair && panel % 2 ? pair_at : 0));
+      kernels.dot(scratch.left_lines.data(), tile.rows, scratch.right_lines.data() + line, cols,
+                  static_cast<int64_t>(scratch.right_lines.size()) - line, inner, sums, kTileCols);
+      line += cols;
+      for (int64_t row = 0; row < tile.rows; ++row) {
+        if (!given[row]) std::memset(sums + row * kTileCols * kernels.unit_bytes, 0, cols * kernels.unit_bytes);
+      }
+      if (panels.completes(panel)) finish_panel(panel);
+    }
+    return;
+  }
+  const int64_t step = kDepth * kernels.elements_per_unit;
+  for (int64_t k = 0; k == 0 || k < inner; k += step) {
+    const int64_t count = std::min(step, inner - k);
+    kernels.pack_left_inner(scratch.left, scratch.left_lines.data(), tile.rows, k, count);
+    scratch.right_lines.clear();
+    add_lines(product.right, k, count, element, scratch.right_lines);
+    for (int64_t half = 0; half < (product.pair ? 2 : 1); ++half) {
+      kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data(), count, tile.col + half * product.pair,
+                   tile.cols, sums_at(half * pair_at), kTileCols, k == 0);
+    }
+  }
+  for (int64_t panel = 0; panel < num_panels; ++panel) {
+    if (panels.completes(panel)) finish_panel(panel);
+  }
+}
+
+using KernelsOf = const GemmKernels& (*)(GemmType type, bool wide);
+
+KernelsOf kernels_of_machine() {
+  const char* name = std::getenv("MOE_EXT_CPU_ISA");
+  const std::string wanted = name ? name : "";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("x86-64-v3"), avx512 = avx2 && __builtin_cpu_supports("x86-64-v4");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  MOE_CHECK(wanted.empty() || wanted == "portable" || (wanted == "avx2" && avx2) || (wanted == "avx512" && avx512) ||
+                (wanted == "avx512_bf16" && bf16),
+            "MOE_EXT_CPU_ISA: expected portable", avx2 ? ", avx2" : "", avx512 ? ", avx512" : "",
+            bf16 ? ", avx512_bf16" : "", " on this machine, got ", wanted);
+  if (wanted == "portable" || !avx2) return &portable::gemm_kernels;
+  if (wanted == "avx2" || !avx512) return &avx2::gemm_kernels;
+  if (wanted == "avx512" || !bf16) return &avx512::gemm_kernels;
+  return &avx512_bf16::gemm_kernels;
+#else
+  MOE_CHECK(wanted.empty() || wanted == "portable", "MOE_EXT_CPU_ISA: expected portable on this machine, got ", wanted);
+  return &portable::gemm_kernels;
+#endif
+}
+
+}  // namespace
+
+const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
+  static const KernelsOf kernels_of = kernels_of_machine();
+  const GemmType type = dtype == ScalarType::Double     ? GemmType::kFloat64
+                        : dtype == ScalarType::BFloat16 ? GemmType::kBFloat16
+                        : dtype == ScalarType::Half     ? GemmType::kFloat16
+                                                        : GemmType::kFloat32;
+  return kernels_of(type, dtype != output_dtype);
+}
+
+void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
+                   const std::function<void(const TileSums&)>& finish) {
+  thread_local Scratch scratch;
+  // By the rows of the whole product: how it is cut changes no bit.
+  if (product.left.lines_are_rows && product.left.rows <= kFewRows && tile.cols > 0) {
+    multiply_few_rows(product, tile, kernels, finish, scratch);
+  } else {
+    multiply_packed(product, tile, kernels, finish, scratch);
+  }
+}
+
+TileGrid::TileGrid(int64_t rows, int64_t cols, int64_t num_products, int64_t largest_cols, const GemmKernels& kernels)
+    : rows_(rows), cols_(cols), row_tiles_(0), col_tiles_(0) {
+  if (rows == 0 || cols == 0) return;
+  const int64_t wanted = kTilesPerThread * torch::stable::get_num_threads();
+  int64_t tile_rows = kTileRows, tile_cols = largest_cols;
+  const auto enough = [&] { return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= wanted; };
+  while (!enough() && tile_cols > kSmallestTile) {
+    tile_cols /= 2;
+    if (!enough() && tile_rows > kSmallestTile) tile_rows /= 2;
+  }
+  // Equal tiles: 300 rows are 150 and 150, not 256 and 44.
+  tile_rows_ = divide_up(rows, divide_up(rows, tile_rows));
+  tile_cols_ = divide_up(divide_up(cols, divide_up(cols, tile_cols)), kernels.panel_cols) * kernels.panel_cols;
+  row_tiles_ = divide_up(rows, tile_rows_);
+  col_tiles_ = divide_up(cols, tile_cols_);
+}
+
+Tile TileGrid::tile(int64_t index) const {
+  const int64_t row = index / col_tiles_ * tile_rows_, col = index % col_tiles_ * tile_cols_;
+  return {row, std::min(tile_rows_, rows_ - row), col, std::min(tile_cols_, cols_ - col)};
+}
+
+}  // namespace moe_ext::cpu
