@@ -20,24 +20,31 @@ from . import (
     bench_plan,
     language_model,
     machine,
+    memory,
     report,
+    scaling,
 )
-from .case import Context
+from .case import Cases, Context
 from .timing import Timer
 
 MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_all_to_all)
 TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
 SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 1.5, "quick": 0.05}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_TABLES = {"cpu": ["A", "B", "C", "D"], "cpu-full": ["A", "D"]}
 DEFAULT_DTYPES = {"gpu": ["bfloat16"], "cpu": ["float32", "bfloat16"], "quick": ["float32"]}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="moe-bench", description="Times moe_ext's ops against their peers.")
-    parser.add_argument("--profile", choices=["cpu", "gpu", "quick"], help="default: gpu where there is one, else cpu")
+    parser.add_argument("--profile", choices=["cpu", "cpu-full", "gpu", "quick", "quick-full"],
+                        help="cpu-full: layers and decode at more shapes; default: gpu where there is one, "
+                        "else cpu")  # fmt: skip
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops (names of csrc/schemas.cpp)")
-    parser.add_argument("--tables", default="A,B,C,D", help="only these tables: A layers, B products, C memory-bound, "
-                        "D decode (default: all)")  # fmt: skip
+    parser.add_argument("--tables", help="only these tables, comma-separated: A layers, B products, C memory-bound, "
+                        "D decode, scaling, memory (default: A,B,C,D; of cpu-full: A,D)")  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help="only these layers of tables A, D and memory "
+                        "(names of bench/shapes.py)")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 and "
                         "bfloat16 on a CPU")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
@@ -63,42 +70,72 @@ def train_router(context: Context) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "losses": done[0].losses}
 
 
-def run(options: argparse.Namespace) -> Path:
-    """All cases that the options ask for; returns the JSON file."""
-    from rich.progress import Progress
+def cases(context: Context) -> Cases:
+    for module in MODULES:
+        if context.tables & set(module.TABLES):
+            yield from module.cases(context)
+    if "scaling" in context.tables:
+        yield from scaling.cases(context)
 
-    profile = options.profile or ("gpu" if torch.cuda.is_available() else "cpu")
+
+def make_context(options: argparse.Namespace) -> Context:
+    """What the options ask for; raises SystemExit where they ask for nothing that there is."""
+    chosen = options.profile or ("gpu" if torch.cuda.is_available() else "cpu")
+    profile = chosen.removesuffix("-full")
     device = "cuda" if profile == "gpu" or (profile == "quick" and torch.cuda.is_available()) else "cpu"
-    tables = set(options.tables.split(","))
-    if not tables <= set(report.TABLES):
-        raise SystemExit(f"--tables: expected letters of A,B,C,D, got {options.tables}")
+    tables = options.tables.split(",") if options.tables else DEFAULT_TABLES.get(chosen, DEFAULT_TABLES["cpu"])
+    if unknown := set(tables) - set(report.TABLES):
+        raise SystemExit(f"--tables: expected some of {','.join(report.TABLES)}, got {','.join(sorted(unknown))}")
     known = {op for module in MODULES for op in module.OPS}
     if unknown := set(options.ops or ()) - known:
         raise SystemExit(f"--ops: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     dtypes = [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES[profile]]
-    context = Context(device, profile, dtypes)
+    context = Context(device, profile, dtypes, set(tables), chosen.endswith("-full"), options.shapes)
+    if options.shapes and not (bench_experts.layers_of(context) or bench_experts.decode_of(context)):
+        raise SystemExit(f"--shapes: none of {', '.join(options.shapes)} in profile {chosen}")
+    return context
+
+
+def file_name(options: argparse.Namespace, context: Context, about: dict[str, Any]) -> str:
+    """Machine, profile, and whatever the options left out."""
+    parts = [about["gpu"].lower().replace(" ", "-") if "gpu" in about else f"cpu-{about['threads']}-threads"]
+    parts += ["quick"] if context.profile == "quick" else []
+    parts += ["full"] if context.full else []
+    parts += [table.lower() for table in sorted(context.tables)] if options.tables else []
+    return "-".join([*parts, *(options.shapes or ()), *(options.dtype or ())]) + ".json"
+
+
+def run(options: argparse.Namespace) -> Path:
+    """All cases that the options ask for; returns the JSON file."""
+    from rich.progress import Progress
+
+    context = make_context(options)
     torch.manual_seed(0)
-    about = machine.describe(device)
-    training = train_router(context) if "A" in tables and not options.ops else None
-    timer = Timer(device, options.rounds, SECONDS_PER_CASE[profile])
+    start, about = time.perf_counter(), machine.describe(context.device)
+    training = train_router(context) if "A" in context.tables and not (options.ops or options.shapes) else None
+    timer = Timer(context.device, options.rounds, SECONDS_PER_CASE[context.profile])
     rows = []
     gc.freeze()  # imports alone are half a million objects, which each collection below would visit
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=None)
-        for module in MODULES:
-            for case in module.cases(context):
-                if case.table not in tables or (options.ops and case.op not in options.ops):
-                    continue
-                progress.update(task, description=f"{case.op} {case.name} {case.direction}", advance=1)
-                differences = case.check_peers()
-                timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
-                rows.append(report.make_row(case, timings, differences, about["copy_bytes_per_second"]))
-                del case
-                gc.collect()
-    name = about["gpu"].lower().replace(" ", "-") if device == "cuda" else f"cpu-{about['threads']}-threads"
-    part = [] if tables == set(report.TABLES) else ["".join(sorted(tables)).lower()]
-    path = options.out / ("-".join([name, *(["quick"] if profile == "quick" else []), *part]) + ".json")
-    extra = {"command": " ".join(["python -m bench", *sys.argv[1:]]), "profile": profile, "training": training}
+        for case in cases(context):
+            if case.table not in context.tables or (options.ops and case.op not in options.ops):
+                continue
+            progress.update(task, description=f"{case.op} {case.name} {case.direction}", advance=1)
+            torch.set_num_threads(case.threads or about["threads"])
+            differences = case.check_peers()
+            timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+            torch.set_num_threads(about["threads"])
+            rows.append(report.make_row(case, timings, differences, about))
+            del case
+            gc.collect()
+        if "memory" in context.tables:
+            progress.update(task, description="peak memory")
+            context.weights.clear()
+            rows += memory.rows(context)
+    path = options.out / file_name(options, context, about)
+    extra = {"command": " ".join(["python -m bench", *sys.argv[1:]]), "profile": options.profile or context.profile,
+             "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
     report.write_json(path, about, rows, extra)
     report.print_tables(rows)
     print(f"{len(rows)} rows in {path}")

@@ -11,6 +11,7 @@ from .case import Case, Cases, Context
 from .shapes import DEEPSEEK_V3, OLMOE, TINY_LAYERS, LayerShape
 
 OPS = ("a2a_plan", "a2a_pack", "a2a_pack_backward", "a2a_unpack", "a2a_combine")
+TABLES = ("C",)
 
 NUM_RANKS = 8
 

@@ -18,6 +18,7 @@ OPS = (
     "expert_choice_gating",
     "expert_choice_gating_backward",
 )
+TABLES = ("C",)
 
 TOKENS = {"gpu": (4096, 8192), "cpu": (2048,), "quick": (64,)}
 

@@ -12,6 +12,7 @@ from .case import Case, Cases, Context
 from .shapes import CPU_GEMMS, GPU_GEMMS, GPU_LAYERS
 
 OPS = ("grouped_gemm", "grouped_gemm_wgrad", "grouped_bias_grad")
+TABLES = ("B",)
 
 
 def gemm_shapes(profile: str) -> list[tuple[str, int, int, int, int]]:

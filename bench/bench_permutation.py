@@ -11,6 +11,7 @@ from .case import Case, Cases, Context
 from .shapes import DEEPSEEK_V3, OLMOE, TINY_LAYERS, LayerShape
 
 OPS = ("permute", "unpermute", "unpermute_backward")
+TABLES = ("C",)
 
 
 def cases(context: Context) -> Cases:

@@ -11,6 +11,7 @@ from .case import Case, Cases, Context
 from .shapes import OLMOE, QWEN3_30B, TINY_LAYERS
 
 OPS = ("routing_plan",)
+TABLES = ("C",)
 
 
 def sorted_plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,8 +21,8 @@ class Case:
     """One measurement: ours against its peers on the same inputs.
 
     ``ours`` and every peer take nothing and return a tensor or a tuple of tensors. ``flops`` and ``bytes`` are the
-    least work and memory traffic of the operation; ``ceilings`` are not peers but limits (a dense product of equal
-    FLOPs, a copy of equal bytes) and are not checked.
+    least work and memory traffic of the operation, ``read_bytes`` that traffic where nearly all of it is reading;
+    ``ceilings`` are not peers but limits (a dense product of equal FLOPs, a copy of equal bytes) and are not checked.
     """
 
     op: str
@@ -37,7 +37,9 @@ class Case:
     skipped_peers: dict[str, str] = field(default_factory=dict)
     flops: float = 0.0
     bytes: float = 0.0
+    read_bytes: float = 0.0
     tolerance: float | None = None
+    threads: int | None = None  # None: all of them
 
     def check_peers(self) -> dict[str, float]:
         """Relative difference of each peer's result from ours; raises if one computes something else."""
@@ -65,25 +67,40 @@ class Context:
     """What a bench module needs to know to make its cases."""
 
     device: str
-    profile: str
+    profile: str  # cpu, gpu or quick
     dtypes: list[torch.dtype]
+    tables: set[str] = field(default_factory=set)
+    full: bool = False  # the longer list of layers
+    shapes: list[str] | None = None  # None: all
     traces: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weights: dict[tuple[Any, ...], tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def wanted(self, layers: list[LayerShape]) -> list[LayerShape]:
+        return [layer for layer in layers if self.shapes is None or layer.name in self.shapes]
 
     def rows(self, *sizes: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(*sizes, generator=generator, device=self.device).mul_(scale).to(dtype)
 
-    def expert_weights(self, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """gate_up [E, 2I, H] and down [E, H, I]; kept until a layer of another size or dtype asks."""
+    def expert_weights(self, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """gate_up [E, 2I, H] and down [E, H, I], for gpt-oss [E, H, 2I] and [E, I, H] with a bias of each; kept until
+        a layer of another size or dtype asks."""
         hidden_size, width, num_experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
-        key = (num_experts, hidden_size, width, dtype)
+        key = (num_experts, hidden_size, width, dtype, shape.gpt_oss)
         if key not in self.weights:
             self.weights.clear()
+            up, down = (2 * width, hidden_size), (hidden_size, width)
+            if shape.gpt_oss:
+                up, down = up[::-1], down[::-1]
             self.weights[key] = (
-                self.rows(num_experts, 2 * width, hidden_size, dtype=dtype, scale=hidden_size**-0.5, seed=1),
-                self.rows(num_experts, hidden_size, width, dtype=dtype, scale=width**-0.5, seed=2),
+                self.rows(num_experts, *up, dtype=dtype, scale=hidden_size**-0.5, seed=1),
+                self.rows(num_experts, *down, dtype=dtype, scale=width**-0.5, seed=2),
             )
+            if shape.gpt_oss:
+                self.weights[key] += (
+                    self.rows(num_experts, 2 * width, dtype=dtype, seed=5),
+                    self.rows(num_experts, hidden_size, dtype=dtype, seed=6),
+                )
         return self.weights[key]
 
     def topk_ids(self, shape: LayerShape, routing: str) -> Tensor:

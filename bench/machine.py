@@ -33,7 +33,7 @@ def _commit() -> str | None:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Versions, processors, and the two ceilings measured now: copy bandwidth and dense matrix product."""
+    """Versions, processors, and the bandwidths measured now, with all threads."""
     info: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -51,6 +51,7 @@ def describe(device: str) -> dict[str, Any]:
         info["multiprocessors"] = properties.multi_processor_count
         info["cuda"] = torch.version.cuda
     info["copy_bytes_per_second"] = copy_bandwidth(device)
+    info["read_bytes_per_second"] = read_bandwidth(device)
     return info
 
 
@@ -61,3 +62,11 @@ def copy_bandwidth(device: str) -> float:
     target = torch.empty_like(source)
     timing = Timer(device, 15, 5.0).compare({"copy": lambda: target.copy_(source)})["copy"]
     return 2 * size / timing.median
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes read per second by the fastest of three reductions that write nothing: what weights read once cost."""
+    source = torch.rand(2**28 if device == "cuda" else 2**26, device=device)
+    reductions = {"sum": source.sum, "amax": source.amax, "dot": lambda: torch.dot(source, source)}
+    timings = Timer(device, 15, 5.0).compare(reductions)
+    return 4 * source.numel() / min(timing.median for timing in timings.values())

@@ -12,10 +12,22 @@ PREAMBLE = """# Results
 
 Written by `python -m bench --markdown bench/results/*.json`. Each file holds the machine, the versions, every peer's
 time, and what was skipped and why. Times are medians of interleaved rounds; speedup is the best peer's time over ours,
-so above 1 is faster; every peer's result was compared with ours before it was timed. No GPU has been measured yet.
+so above 1 is faster; every peer's result was compared with ours before it was timed. The ceiling is the share reached
+of a dense product of equal FLOPs, or of the bandwidth of a copy or of reading, measured in the same run; of decode it is
+reading the weights that are used, once. Peak memory is what a forward and backward adds to inputs, weights and incoming
+gradient, each contender in a process of its own (`bench/memory.py`). No GPU has been measured yet.
 
 """
-TABLES = {"A": "Layers", "B": "Grouped products", "C": "Memory-bound ops", "D": "Decode"}
+TABLES = {
+    "A": "Layers",
+    "B": "Grouped products",
+    "C": "Memory-bound ops",
+    "D": "Decode",
+    "scaling": "One layer against tokens, experts, threads",
+    "memory": "Peak memory above inputs and weights",
+}
+COLUMNS = ("op", "shape", "dtype", "routing", "direction", "moe_ext", "best peer", "speedup", "ceiling")
+MEMORY_COLUMNS = (*COLUMNS[:-2], "times as much", "of it gradients")
 
 
 def time_text(seconds: float) -> str:
@@ -25,11 +37,21 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def make_row(case: Any, timings: dict[str, Any], differences: dict[str, float], copy_rate: float) -> dict[str, Any]:
+def bytes_text(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def make_row(
+    case: Any, timings: dict[str, Any], differences: dict[str, float], machine: dict[str, Any]
+) -> dict[str, Any]:
     """One JSON row: seconds of each contender, ratio to the best peer, and how much of each ceiling is reached."""
     ours = timings["ours"].median
     peers = {name: timings[name].median for name in case.peers}
     best = min(peers, key=peers.__getitem__) if peers else None
+
+    def percent(size: float, rate: str) -> float | None:
+        return 100 * size / ours / machine[rate] if size else None
+
     return {
         "op": case.op,
         "table": case.table,
@@ -48,11 +70,14 @@ def make_row(case: Any, timings: dict[str, Any], differences: dict[str, float], 
         "ceiling_seconds": {name: timings[name].median for name in case.ceilings},
         "percent_of_ceiling": {name: 100 * timings[name].median / ours for name in case.ceilings},
         "flops_per_second": case.flops / ours if case.flops else None,
-        "percent_of_copy_bandwidth": 100 * case.bytes / ours / copy_rate if case.bytes else None,
+        "percent_of_copy_bandwidth": percent(case.bytes, "copy_bytes_per_second"),
+        "percent_of_read_bandwidth": percent(case.read_bytes, "read_bytes_per_second"),
     }
 
 
 def ceiling_text(row: dict[str, Any]) -> str:
+    if row.get("percent_of_read_bandwidth"):
+        return f"{row['percent_of_read_bandwidth']:.0f}% of read"
     if row["table"] in ("C", "D") and row["percent_of_copy_bandwidth"]:
         return f"{row['percent_of_copy_bandwidth']:.0f}% of copy"
     for name, percent in row["percent_of_ceiling"].items():
@@ -60,28 +85,42 @@ def ceiling_text(row: dict[str, Any]) -> str:
     return ""
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, in the order of COLUMNS or MEMORY_COLUMNS."""
+    is_memory, best = row["table"] == "memory", row["best_peer"]
+    text = bytes_text if is_memory else time_text
+    ours, peers = (row["peak_bytes"], row["peer_peak_bytes"]) if is_memory else (row["seconds"], row["peer_seconds"])
+    ratio = row["best_peer_over_ours"] if is_memory else row["speedup_over_best_peer"]
+    return [
+        row["op"], row["shape"], row["dtype"], row["routing"], row["direction"], text(ours),
+        f"{text(peers[best])} ({best})" if best else "-", f"{ratio:.2f}x" if best else "-",
+        bytes_text(row["gradient_bytes"]) if is_memory else ceiling_text(row),
+    ]  # fmt: skip
+
+
+def split(rows: list[dict[str, Any]]) -> list[tuple[str, tuple[str, ...], list[dict[str, Any]]]]:
+    """Title, columns and rows of each table that has any."""
+    tables = []
+    for key, title in TABLES.items():
+        mine = [row for row in rows if row["table"] == key]
+        columns = MEMORY_COLUMNS if key == "memory" else COLUMNS
+        if mine:
+            tables.append((f"{key}: {title}" if len(key) == 1 else title, columns, mine))
+    return tables
+
+
 def print_tables(rows: list[dict[str, Any]]) -> None:
-    """One rich table for each of A to D."""
+    """One rich table for each of TABLES."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 150)
-    for key, title in TABLES.items():
-        mine = [row for row in rows if row["table"] == key]
-        if not mine:
-            continue
-        table = Table(title=f"{key}: {title}")
-        for column in ("op", "shape", "dtype", "routing", "direction"):
-            table.add_column(column)
-        for column in ("moe_ext", "best peer", "peer is", "speedup", "ceiling"):
-            table.add_column(column, justify="right")
+    for title, columns, mine in split(rows):
+        table = Table(title=title)
+        for column in columns:
+            table.add_column(column, justify="left" if column in COLUMNS[:5] else "right")
         for row in mine:
-            speedup = row["speedup_over_best_peer"]
-            table.add_row(
-                row["op"], row["shape"], row["dtype"], row["routing"], row["direction"], time_text(row["seconds"]),
-                time_text(row["peer_seconds"][row["best_peer"]]) if row["best_peer"] else "-", row["best_peer"] or "-",
-                f"{speedup:.2f}x" if speedup else "-", ceiling_text(row),
-            )  # fmt: skip
+            table.add_row(*cells(row))
         console.print(table)
 
 
@@ -97,8 +136,10 @@ def markdown(path: Path) -> str:
     result = json.loads(path.read_text())
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    rates = {name: machine.get(f"{name}_bytes_per_second") for name in ("copy", "read")}
+    bandwidths = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if rate)
     lines = [f"## {path.name}", "", f"{where}; torch {machine['torch']}; commit {machine['commit']}; "
-             f"copy {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s; `{result['command']}`", ""]  # fmt: skip
+             f"{bandwidths}; `{result['command']}`", ""]  # fmt: skip
     if note := result.get("note"):
         lines += [note, ""]
     if training := result.get("training"):
@@ -108,20 +149,8 @@ def markdown(path: Path) -> str:
             f"{training['seconds']:.0f} s.",
             "",
         ]
-    for key, title in TABLES.items():
-        mine = [row for row in result["rows"] if row["table"] == key]
-        if not mine:
-            continue
-        lines += [f"### {key}: {title}", "",
-                  "| op | shape | dtype | routing | direction | moe_ext | best peer | speedup | ceiling |",
-                  "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in mine:
-            best = row["best_peer"]
-            peer = f"{time_text(row['peer_seconds'][best])} ({best})" if best else "-"
-            speedup = f"{row['speedup_over_best_peer']:.2f}x" if best else "-"
-            lines.append(
-                f"| {row['op']} | {row['shape']} | {row['dtype']} | {row['routing']} | {row['direction']} "
-                f"| {time_text(row['seconds'])} | {peer} | {speedup} | {ceiling_text(row)} |"
-            )
+    for title, columns, mine in split(result["rows"]):
+        lines += [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(cells(row))} |" for row in mine]
         lines.append("")
     return "\n".join(lines)

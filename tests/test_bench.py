@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import report
+from bench import memory, report, shapes
 from bench.case import Case
 
 
@@ -39,6 +41,63 @@ def test_rows_are_complete(result):
     assert {"uniform", "zipf", "one_hot", "real"} <= {row["routing"] for row in layers}
 
 
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    arguments = ["--profile", "quick-full", "--tables", "A,D,scaling,memory", "--ops", "moe_mlp", "moe_mlp_backward"]
+    path = bench.run(bench.parse([*arguments, "--rounds", "3", "--out", str(tmp_path_factory.mktemp("full"))]))
+    return json.loads(path.read_text()), path
+
+
+def test_full_profile_has_gpt_oss_with_every_peer(full):
+    rows = [row for row in full[0]["rows"] if row["table"] == "A" and row["shape"].startswith("tiny-gpt-oss")]
+    assert [row["direction"] for row in rows] == ["forward", "forward+backward"]
+    assert all("torch grouped_mm" in row["peer_seconds"] and "dense mm" in row["ceiling_seconds"] for row in rows)
+
+
+def test_decode_is_held_against_the_read_bandwidth(full):
+    data = full[0]
+    row = next(row for row in data["rows"] if row["table"] == "D" and row["direction"] == "forward")
+    tiny = shapes.TINY_LAYERS[0]
+    read = 4 * 3 * tiny.num_experts * tiny.hidden_size * tiny.intermediate_size  # 48 tokens: every expert is used
+    expected = 100 * read / row["seconds"] / data["machine"]["read_bytes_per_second"]
+    assert row["percent_of_read_bandwidth"] == pytest.approx(expected)
+    assert report.ceiling_text(row).endswith("% of read")
+
+
+def test_scaling_varies_one_size_at_a_time(full):
+    rows = [row for row in full[0]["rows"] if row["table"] == "scaling" and row["direction"] == "forward"]
+    sweep, names = shapes.SWEEPS["quick"], {row["shape"] for row in rows}
+    assert len(names) == len(rows) >= len(sweep.tokens) + len(sweep.experts) - 1
+    assert {f"T={t}" for t in sweep.tokens} <= {word for name in names for word in name.split()}
+    if full[0]["machine"]["threads"] > 1 and "gpu" not in full[0]["machine"]:
+        assert any("threads=1" in name for name in names)
+    assert torch.get_num_threads() == full[0]["machine"]["threads"]
+
+
+def test_memory_is_measured_in_a_process_of_its_own(full):
+    rows = [row for row in full[0]["rows"] if row["table"] == "memory"]
+    if not rows and not memory.CLEAR_REFS.exists():
+        pytest.skip("the kernel does not reset the high-water mark of resident memory")
+    assert len(rows) == len(shapes.TINY_FULL_LAYERS)
+    assert all("torch grouped_mm" in row["peer_peak_bytes"] and row["peak_bytes"] >= 0 for row in rows)
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="needs Linux' /proc")
+def test_memory_counts_what_was_touched():
+    layer = shapes.LayerShape("memory", 64, 256, 512, 8, 2)
+    command = "from bench.memory import *; print(peak_of('ours', LayerShape(*{}), torch.float32, 'cpu'))"
+    child = subprocess.run([sys.executable, "-c", command.format(tuple(layer))], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    gradients = 4 * 3 * layer.num_experts * layer.hidden_size * layer.intermediate_size
+    assert gradients <= int(child.stdout) < 2 * gradients
+
+
+def test_full_markdown(full):
+    text = report.markdown(full[1])
+    assert "### One layer against tokens, experts, threads" in text and "% of read" in text and "read " in text
+    assert "### Peak memory above inputs and weights" in text and " MB |" in text
+
+
 def test_transformers_is_a_peer_where_installed(result):
     pytest.importorskip("transformers", reason="transformers is not installed")
     row = next(row for row in result[0]["rows"] if row["op"] == "moe_mlp")
@@ -58,7 +117,12 @@ def test_a_peer_that_computes_something_else_is_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["--tables", "X"], "--tables"), (["--ops", "nope"], "--ops: unknown nope")]
+    "arguments, message",
+    [
+        (["--tables", "X"], "--tables"),
+        (["--ops", "nope"], "--ops: unknown nope"),
+        (["--shapes", "nope"], "--shapes: none of nope"),
+    ],
 )
 def test_bad_options(arguments, message):
     with pytest.raises(SystemExit, match=message):

@@ -8,62 +8,90 @@
 #include <limits>
 #include <vector>
 
-#include "../common/cpu_parallel.h"
 #include "../common/optional_tensor.h"
+#include "row_cpu.h"
 
 namespace moe_ext::cpu {
 namespace {
 
 constexpr int64_t kTokensPerChunk = 256;
 
+// One token's row, padded to whole lanes: logits with -inf, the rest with 0.
 template <typename acc_t>
-struct TokenScores {
-  std::vector<acc_t> logits, scores;  // scores sum to one
-  acc_t logsumexp, total;             // total: the sum of the scores before they were divided by it
+struct TokenRow {
+  std::vector<acc_t> logits, probabilities;  // the softmax
+  std::vector<acc_t> raw, scores;            // of other score functions, before and after they are made to sum to one
+  acc_t logsumexp = 0, total = 1;            // total: the sum of the raw scores
+  int64_t padded;
+
+  explicit TokenRow(int64_t num_experts) : padded(padded_row(num_experts)) {
+    logits.assign(padded, -std::numeric_limits<acc_t>::infinity());
+    probabilities.assign(padded, acc_t(0));
+    raw = scores = probabilities;
+  }
 };
 
+template <typename acc_t>
+MOE_CPU_CLONES acc_t normalize(const acc_t* raw, int64_t padded, acc_t* scores) {
+  const acc_t total = sum_of_row(raw, padded);
+  for (int64_t e = 0; e < padded; ++e) scores[e] = total == acc_t(0) ? acc_t(0) : raw[e] / total;
+  return total;
+}
+
+// Returns the scores, which sum to one.
 template <typename scalar_t, typename acc_t>
-void score_token(TokenScores<acc_t>& token, const scalar_t* row, const LossShape& shape) {
-  acc_t largest = -std::numeric_limits<acc_t>::infinity(), sum = 0;
-  for (int64_t e = 0; e < shape.num_experts; ++e) {
-    token.logits[e] = static_cast<acc_t>(row[e]);
-    largest = token.logits[e] > largest ? token.logits[e] : largest;
+const acc_t* score_token(TokenRow<acc_t>& row, const scalar_t* source, const LossShape& shape) {
+  read_logits(source, shape.num_experts, row.logits.data());
+  const SoftmaxRow<acc_t> softmax = softmax_into(row.logits.data(), row.padded, row.probabilities.data());
+  row.logsumexp = softmax.largest + std::log(softmax.sum);
+  if (shape.score_function == ScoreFunction::kSoftmax) return row.probabilities.data();
+  elementwise_scores(shape.score_function, row.logits.data(), shape.num_experts, row.raw.data());
+  row.total = normalize(row.raw.data(), row.padded, row.scores.data());
+  return row.scores.data();
+}
+
+template <typename acc_t>
+MOE_CPU_CLONES void add_row(const acc_t* scores, int64_t num_experts, acc_t* sums) {
+  for (int64_t e = 0; e < num_experts; ++e) sums[e] += scores[e];
+}
+
+template <typename acc_t>
+MOE_CPU_CLONES acc_t weighted_sum(const acc_t* load, const acc_t* scores, int64_t padded) {
+  acc_t sums[kRowLanes] = {}, sum = 0;
+  for (int64_t e = 0; e < padded; e += kRowLanes) {
+    for (int64_t l = 0; l < kRowLanes; ++l) sums[l] += load[e + l] * scores[e + l];
   }
-  for (int64_t e = 0; e < shape.num_experts; ++e) sum += std::exp(token.logits[e] - largest);
-  token.logsumexp = largest + std::log(sum);
-  token.total = 1;
-  if (shape.score_function == ScoreFunction::kSoftmax) {
-    for (int64_t e = 0; e < shape.num_experts; ++e) token.scores[e] = std::exp(token.logits[e] - largest) / sum;
-    return;
-  }
-  token.total = 0;
-  for (int64_t e = 0; e < shape.num_experts; ++e) {
-    token.scores[e] = elementwise_score(shape.score_function, token.logits[e]);
-    token.total += token.scores[e];
-  }
-  for (int64_t e = 0; e < shape.num_experts; ++e) {
-    token.scores[e] = token.total == acc_t(0) ? acc_t(0) : token.scores[e] / token.total;
+  for (int64_t l = 0; l < kRowLanes; ++l) sum += sums[l];
+  return sum;
+}
+
+// What the balance loss and the z loss give to each logit; slopes: d score / d logit of each expert on its own.
+template <typename scalar_t, typename acc_t>
+MOE_CPU_CLONES void row_gradient(const acc_t* load, const acc_t* slopes, const acc_t* probabilities, acc_t mean,
+                                 acc_t grad_balance, acc_t grad_logsumexp, int64_t num_experts, scalar_t* grad) {
+  for (int64_t e = 0; e < num_experts; ++e) {
+    grad[e] = static_cast<scalar_t>(grad_balance * slopes[e] * (load[e] - mean) + grad_logsumexp * probabilities[e]);
   }
 }
 
-template <typename scalar_t, typename acc_t>
-void backward_token(TokenScores<acc_t>& token, const std::vector<acc_t>& load, acc_t grad_balance, acc_t grad_z,
-                    const LossShape& shape, scalar_t* grad_row) {
-  acc_t mean = 0;
-  for (int64_t e = 0; e < shape.num_experts; ++e) mean += load[e] * token.scores[e];
-  for (int64_t e = 0; e < shape.num_experts; ++e) {
-    const acc_t probability = std::exp(token.logits[e] - token.logsumexp);
-    acc_t slope = token.scores[e];
-    if (shape.score_function != ScoreFunction::kSoftmax) {
-      slope = token.total == acc_t(0) ? acc_t(0)
-                                      : elementwise_score_gradient(shape.score_function, token.logits[e]) / token.total;
+template <typename acc_t>
+MOE_CPU_CLONES void sigmoid_slopes(const acc_t* raw, acc_t total, int64_t num_experts, acc_t* slopes) {
+  for (int64_t e = 0; e < num_experts; ++e) slopes[e] = raw[e] * (acc_t(1) - raw[e]) / total;
+}
+
+// Overwrites the scores with their slopes.
+template <typename acc_t>
+void slopes_of_scores(TokenRow<acc_t>& row, const LossShape& shape) {
+  if (row.total == acc_t(0)) {
+    std::fill(row.scores.begin(), row.scores.end(), acc_t(0));
+  } else if (shape.score_function == ScoreFunction::kSigmoid) {
+    sigmoid_slopes(row.raw.data(), row.total, shape.num_experts, row.scores.data());
+  } else {
+    for (int64_t e = 0; e < shape.num_experts; ++e) {
+      row.scores[e] = elementwise_score_gradient(shape.score_function, row.logits[e]) / row.total;
     }
-    grad_row[e] = static_cast<scalar_t>(grad_balance * slope * (load[e] - mean) +
-                                        grad_z * acc_t(2) * token.logsumexp * probability);
   }
 }
-
-constexpr int64_t kBytesPerScore = 64;  // exp and friends cost about this many bytes' worth of copying
 
 }  // namespace
 
@@ -101,15 +129,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
     const int64_t num_chunks = (shape.num_tokens + kTokensPerChunk - 1) / kTokensPerChunk;
     std::vector<acc_t> score_sums(num_chunks * shape.num_experts, acc_t(0)), square_sums(num_chunks, acc_t(0));
     parallel_rows(num_chunks, kTokensPerChunk * shape.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
-      TokenScores<acc_t> scored{std::vector<acc_t>(shape.num_experts), std::vector<acc_t>(shape.num_experts), 0, 0};
+      TokenRow<acc_t> row(shape.num_experts);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         acc_t* sums = score_sums.data() + chunk * shape.num_experts;
         const int64_t last = std::min(shape.num_tokens, (chunk + 1) * kTokensPerChunk);
         for (int64_t token = chunk * kTokensPerChunk; token < last; ++token) {
           if (counts && !counts[token]) continue;
-          score_token(scored, logit + token * shape.num_experts, shape);
-          for (int64_t e = 0; e < shape.num_experts; ++e) sums[e] += scored.scores[e];
-          square_sums[chunk] += scored.logsumexp * scored.logsumexp;
+          const acc_t* scores = score_token(row, logit + token * shape.num_experts, shape);
+          add_row(scores, shape.num_experts, sums);
+          square_sums[chunk] += row.logsumexp * row.logsumexp;
         }
       }
     });
@@ -146,21 +174,24 @@ Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& gra
     const acc_t tokens = std::max(*num_counted.const_data_ptr<int32_t>(), 1);
     const acc_t grad_balance = *grad_balance_loss.const_data_ptr<acc_t>() / tokens;
     const acc_t grad_z = *grad_z_loss.const_data_ptr<acc_t>() / tokens;
-    std::vector<acc_t> load(shape.num_experts);
+    std::vector<acc_t> load(padded_row(shape.num_experts), acc_t(0));
     for (int64_t e = 0; e < shape.num_experts; ++e) {
       load[e] = static_cast<acc_t>(loads.const_data_ptr<int32_t>()[e]) * static_cast<acc_t>(shape.num_experts) /
                 (static_cast<acc_t>(shape.topk) * tokens);
     }
     parallel_rows(shape.num_tokens, shape.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
-      TokenScores<acc_t> scored{std::vector<acc_t>(shape.num_experts), std::vector<acc_t>(shape.num_experts), 0, 0};
+      TokenRow<acc_t> row(shape.num_experts);
       for (int64_t token = begin; token < end; ++token) {
         scalar_t* grad_row = grad + token * shape.num_experts;
         if (counts && !counts[token]) {
           std::fill_n(grad_row, shape.num_experts, scalar_t(0));
           continue;
         }
-        score_token(scored, logit + token * shape.num_experts, shape);
-        backward_token(scored, load, grad_balance, grad_z, shape, grad_row);
+        const acc_t* scores = score_token(row, logit + token * shape.num_experts, shape);
+        const acc_t mean = weighted_sum(load.data(), scores, row.padded);
+        if (shape.score_function != ScoreFunction::kSoftmax) slopes_of_scores(row, shape);
+        row_gradient(load.data(), scores, row.probabilities.data(), mean, grad_balance,
+                     acc_t(2) * grad_z * row.logsumexp, shape.num_experts, grad_row);
       }
     });
   });

@@ -20,6 +20,11 @@ constexpr int64_t kBytesPerScore = 16;
 
 inline int64_t padded_row(int64_t size) { return (size + kRowLanes - 1) / kRowLanes * kRowLanes; }
 
+template <typename scalar_t, typename acc_t>
+MOE_CPU_CLONES void read_logits(const scalar_t* source, int64_t num_experts, acc_t* logits) {
+  for (int64_t e = 0; e < num_experts; ++e) logits[e] = static_cast<acc_t>(source[e]);
+}
+
 // exp of a logit less the largest: exactly 0 for -inf, where the vectorisable exp stops at e^-87.
 template <typename acc_t>
 MOE_HOST_DEVICE_INLINE acc_t exp_of_difference(acc_t x) {
@@ -41,6 +46,32 @@ MOE_CPU_CLONES SoftmaxRow<acc_t> softmax_of_row(const acc_t* logits, int64_t pad
   }
   acc_t sum = 0;
   for (int64_t l = 0; l < kRowLanes; ++l) sum += sums[l];
+  return {largest, sum};
+}
+
+template <typename acc_t>
+MOE_HOST_DEVICE_INLINE acc_t sum_of_row(const acc_t* values, int64_t padded) {
+  acc_t sums[kRowLanes] = {}, sum = 0;
+  for (int64_t e = 0; e < padded; e += kRowLanes) {
+    for (int64_t l = 0; l < kRowLanes; ++l) sums[l] += values[e + l];
+  }
+  for (int64_t l = 0; l < kRowLanes; ++l) sum += sums[l];
+  return sum;
+}
+
+// The same with the scores as well, for one exp of each logit. A NaN inside makes all of them NaN.
+template <typename acc_t>
+MOE_CPU_CLONES SoftmaxRow<acc_t> softmax_into(const acc_t* logits, int64_t padded, acc_t* scores) {
+  acc_t best[kRowLanes];
+  for (int64_t l = 0; l < kRowLanes; ++l) best[l] = -std::numeric_limits<acc_t>::infinity();
+  for (int64_t e = 0; e < padded; e += kRowLanes) {
+    for (int64_t l = 0; l < kRowLanes; ++l) best[l] = logits[e + l] > best[l] ? logits[e + l] : best[l];
+  }
+  acc_t largest = best[0];
+  for (int64_t l = 1; l < kRowLanes; ++l) largest = best[l] > largest ? best[l] : largest;
+  for (int64_t e = 0; e < padded; ++e) scores[e] = exp_of_difference(logits[e] - largest);
+  const acc_t sum = sum_of_row(scores, padded), factor = acc_t(1) / sum;
+  for (int64_t e = 0; e < padded; ++e) scores[e] *= factor;
   return {largest, sum};
 }
 

@@ -30,11 +30,6 @@ struct Row {
         groups(options.topk_groups) {}
 };
 
-template <typename scalar_t, typename acc_t>
-MOE_CPU_CLONES void read_logits(const scalar_t* source, int64_t num_experts, acc_t* logits) {
-  for (int64_t e = 0; e < num_experts; ++e) logits[e] = static_cast<acc_t>(source[e]);
-}
-
 template <typename acc_t>
 MOE_CPU_CLONES void leave_out(const acc_t* logits, const uint8_t* allowed, int64_t padded, acc_t* taking_part) {
   for (int64_t e = 0; e < padded; ++e) {
