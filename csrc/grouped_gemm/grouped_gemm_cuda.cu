@@ -43,7 +43,7 @@ std::optional<std::tuple<Tensor, Tensor>> multiply_small_rows(const GroupedGemmS
   Tensor pre_activation = torch::stable::new_empty(input, {save ? shape.num_rows : 0, shape.out_features});
   args.output = output.mutable_data_ptr();
   args.pre_activation = save ? pre_activation.mutable_data_ptr() : nullptr;
-  small_rows::grouped_gemm(args, multiprocessor_count(input), current_stream(input));
+  small_rows::grouped_gemm(args, input.get_device_index(), current_stream(input));
   return std::tuple(output, pre_activation);
 }
 

@@ -10,11 +10,10 @@
 //     ekn: it is 8 columns at one k; pairs of vectors are interleaved, 4 byte permutes each.
 // Traffic: weights of used experts once per chunk of rows (from L2 after the first), input rows once per column tile
 //   (from L2), output once.
-// Bound: device memory. An H100 needs 3.35 TB/s * 700 ns / 132 = 18 kB under way per multiprocessor. A stage is 8
-// weight
-//   vectors, 16 kB per block of 4 warps; 3 stages for up to 16 rows (2 above), one being multiplied, and 3 blocks per
-//   multiprocessor: 96 kB under way at least (48 kB). Where there are fewer items than multiprocessors, a block has 8
-//   warps: 64 kB.
+// Bound: device memory. An H100 needs 3.35 TB/s * 700 ns / 132 = 18 kB under way per multiprocessor. A stage of a block
+//   of 4 warps is 16 kB of weights; of 4 stages (3 for chunks of more than 8 rows) one is being multiplied, and 3
+//   blocks share a multiprocessor: 144 kB under way (96 kB), so that blocks may wait or finish an item now and then.
+//   Where there are fewer items than multiprocessors, one block of 8 warps: 96 kB (64 kB).
 #include "grouped_gemm_small_rows.h"
 
 #include "../../experts/activation_vectors.h"
@@ -34,7 +33,7 @@ constexpr int kRingVectors = 32;                                   // per thread
 constexpr int kRowTile = 8;                                        // rows of input in one mma.sync
 constexpr int kRowTileSums = kTileColumns * kRowTile / kWarpSize;  // per thread
 constexpr int kFewItemsWarps = 8, kManyItemsWarps = 4;
-constexpr int kManyItemsBlocks = 3;  // per multiprocessor, at 65 kB of shared memory each
+constexpr int kManyItemsBlocks = 3;  // per multiprocessor, at 72 kB of shared memory each and one per expert
 
 template <typename T>
 constexpr int chunk_rows() {
@@ -50,8 +49,9 @@ struct Problem {
   T* pre_activation;
   const int32_t* expert_offsets;
   const int32_t* permuted_to_slot;
-  int64_t num_slots, topk;
-  int64_t num_experts, max_rows, n, k;
+  int64_t num_slots;
+  int topk, num_experts;
+  int64_t max_rows, n, k;
   int64_t column_tiles;
   RowMode mode;
   DeviceActivation activation;
@@ -116,9 +116,9 @@ struct Stream {
       int64_t row = item.rows.begin + r * kRowTile + group;
       bool inside = row < item.rows.end;
       if (inside && problem.permuted_to_slot) {
-        const int64_t slot = problem.permuted_to_slot[row];
+        const int32_t slot = problem.permuted_to_slot[row];
         inside = slot >= 0 && slot < problem.num_slots;
-        row = slot / problem.topk;
+        row = static_cast<uint32_t>(slot) / static_cast<uint32_t>(problem.topk);
       }
       if (inside) rows_inside |= 1u << r;
       rows[r] = reinterpret_cast<const char*>(problem.input + (inside ? row * k + depth : 0));
@@ -248,7 +248,7 @@ template <typename T, WeightLayout layout, int warps, int row_tiles>
 __device__ void multiply(const Problem<T>& problem, const Item& item, Word16* shared) {
   using Copies = Stream<T, layout, warps, row_tiles>;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t steps = steps_of_warp(ceil_div(problem.k, Copies::kStepDepth), warp, warps);
+  const int steps = steps_of_warp(static_cast<int>(ceil_div(problem.k, Copies::kStepDepth)), warp, warps);
   Sums<T, layout, row_tiles> sums;
   {
     Copies copies(problem, item, shared);
@@ -257,7 +257,7 @@ __device__ void multiply(const Problem<T>& problem, const Item& item, Word16* sh
       commit_copies();
     }
     int stage = 0;
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       wait_for_copies<Copies::kStages - 2>();
       if (step + Copies::kStages - 1 < steps) copies.fetch();  // into the stage that was multiplied last
       commit_copies();
@@ -314,15 +314,15 @@ __device__ void finish(const Problem<T>& problem, const Item& item, int row_tile
 
 // chunk_starts [num_experts + 1] = exclusive prefix sums of the experts' row chunks.
 template <int warps>
-__device__ void count_chunks(const int32_t* expert_offsets, int64_t num_experts, int64_t max_rows, int64_t chunk,
+__device__ void count_chunks(const int32_t* expert_offsets, int num_experts, int64_t max_rows, int64_t chunk,
                              int32_t* chunk_starts) {
   __shared__ int warp_totals[warps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t per_thread = ceil_div(num_experts, warps * kWarpSize);
-  const int64_t first = threadIdx.x * per_thread;
-  const int64_t last = min(first + per_thread, num_experts);
+  const int per_thread = (num_experts + warps * kWarpSize - 1) / (warps * kWarpSize);
+  const int first = static_cast<int>(threadIdx.x) * per_thread;
+  const int last = min(first + per_thread, num_experts);
   int own = 0;
-  for (int64_t e = first; e < last; ++e) {
+  for (int e = first; e < last; ++e) {
     own += static_cast<int>(row_chunks(rows_of_expert(expert_offsets, e, max_rows), chunk));
   }
   int inclusive = own;
@@ -336,7 +336,7 @@ __device__ void count_chunks(const int32_t* expert_offsets, int64_t num_experts,
   int start = inclusive - own;
 #pragma unroll
   for (int w = 0; w < warps; ++w) start += w < warp ? warp_totals[w] : 0;
-  for (int64_t e = first; e < last; ++e) {
+  for (int e = first; e < last; ++e) {
     chunk_starts[e] = start;
     start += static_cast<int>(row_chunks(rows_of_expert(expert_offsets, e, max_rows), chunk));
     if (e + 1 == num_experts) chunk_starts[num_experts] = start;
@@ -408,7 +408,23 @@ __global__ void __launch_bounds__(warps* kWarpSize, warps == kManyItemsWarps ? k
   if (problem.pre_activation) zero_rows_of_no_expert(problem, problem.pre_activation, problem.n);
 }
 
-// Lets the kernel take `shared_bytes`; returns how many blocks are resident on one multiprocessor.
+struct Machine {
+  int multiprocessors;
+  size_t block_shared_bytes;  // the most that a block can have: 227 kB on sm_90, 163 kB on sm_80, 99 kB on sm_86
+};
+
+Machine read_machine(int device) {
+#ifdef MOE_EXT_EMULATED
+  return {3, moe_emulator::kMaxSharedBytes};
+#else
+  int multiprocessors = 0, bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {multiprocessors, static_cast<size_t>(bytes)};
+#endif
+}
+
+// Lets the kernel take `shared_bytes`; returns how many of its blocks a multiprocessor holds.
 template <typename Kernel>
 int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
 #ifdef MOE_EXT_EMULATED
@@ -422,17 +438,21 @@ int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
 #endif
 }
 
+size_t shared_bytes_of(int warps, int num_experts) {
+  return kRingVectors * warps * kWarpSize * sizeof(Word16) + (num_experts + 1) * sizeof(int32_t);
+}
+
 template <typename T, WeightLayout layout, int warps>
-void launch(const Problem<T>& problem, int64_t items, int multiprocessors, cudaStream_t stream) {
+void launch(const Problem<T>& problem, int64_t items, const Machine& machine, cudaStream_t stream) {
   constexpr int kThreads = warps * kWarpSize;
   const auto kernel = small_rows_kernel<T, layout, warps>;
-  const size_t shared_bytes = kRingVectors * kThreads * sizeof(Word16) + (problem.num_experts + 1) * sizeof(int32_t);
-  const int64_t resident = static_cast<int64_t>(resident_blocks(kernel, kThreads, shared_bytes)) * multiprocessors;
+  const size_t shared_bytes = shared_bytes_of(warps, problem.num_experts);
+  const int64_t resident = int64_t{machine.multiprocessors} * resident_blocks(kernel, kThreads, shared_bytes);
   launch_kernel(kernel, static_cast<unsigned>(std::min(items, resident)), kThreads, shared_bytes, stream, problem);
 }
 
 template <typename T, WeightLayout layout>
-void run(const Arguments& args, int multiprocessors, cudaStream_t stream) {
+void run(const Arguments& args, const Machine& machine, cudaStream_t stream) {
   const RowMode mode = cuda::row_mode(args.activation);
   const int64_t column_tiles =
       mode == RowMode::kConcatenated ? ceil_div(args.n / 2, kTileColumns / 2) : ceil_div(args.n, kTileColumns);
@@ -444,8 +464,8 @@ void run(const Arguments& args, int multiprocessors, cudaStream_t stream) {
                               args.expert_offsets,
                               args.permuted_to_slot,
                               args.num_slots,
-                              args.topk,
-                              args.num_experts,
+                              static_cast<int>(args.topk),
+                              static_cast<int>(args.num_experts),
                               args.max_rows,
                               args.n,
                               args.k,
@@ -453,19 +473,21 @@ void run(const Arguments& args, int multiprocessors, cudaStream_t stream) {
                               mode,
                               cuda::on_device(args.activation)};
   const int64_t items = item_bound(args.max_rows, args.num_experts, chunk_rows<T>(), column_tiles);
-  if (items <= multiprocessors) {
-    launch<T, layout, kFewItemsWarps>(problem, items, multiprocessors, stream);
+  const bool few = items <= machine.multiprocessors &&
+                   shared_bytes_of(kFewItemsWarps, problem.num_experts) <= machine.block_shared_bytes;
+  if (few) {
+    launch<T, layout, kFewItemsWarps>(problem, items, machine, stream);
   } else {
-    launch<T, layout, kManyItemsWarps>(problem, items, multiprocessors, stream);
+    launch<T, layout, kManyItemsWarps>(problem, items, machine, stream);
   }
 }
 
 template <typename T>
-void run(const Arguments& args, int multiprocessors, cudaStream_t stream) {
+void run(const Arguments& args, const Machine& machine, cudaStream_t stream) {
   if (args.layout == WeightLayout::kENK) {
-    run<T, WeightLayout::kENK>(args, multiprocessors, stream);
+    run<T, WeightLayout::kENK>(args, machine, stream);
   } else {
-    run<T, WeightLayout::kEKN>(args, multiprocessors, stream);
+    run<T, WeightLayout::kEKN>(args, machine, stream);
   }
 }
 
@@ -475,6 +497,8 @@ bool takes(const Arguments& args) {
   const int64_t width = kVectorBytes / (args.dtype == GemmDtype::kFloat32 ? 4 : 2);
   bool fits = args.max_rows > 0 && args.n > 0 && args.k > 0 && args.num_experts <= kMaxExperts &&
               args.max_rows <= kMaxAverageRows * args.num_experts;
+  constexpr int64_t kMaxExtent = int64_t{1} << 24;  // few enough that items of an expert are counted in 32 bits
+  fits = fits && args.n <= kMaxExtent && args.k <= kMaxExtent && args.topk <= kMaxExtent;
   fits = fits && args.k % width == 0;
   if (args.layout == WeightLayout::kEKN) {
     const bool halves = args.activation.gated() && !args.activation.interleaved;
@@ -486,11 +510,12 @@ bool takes(const Arguments& args) {
   return fits;
 }
 
-void grouped_gemm(const Arguments& args, int multiprocessors, cudaStream_t stream) {
+void grouped_gemm(const Arguments& args, int device, cudaStream_t stream) {
+  const Machine machine = read_machine(device);
   switch (args.dtype) {
-    case GemmDtype::kFloat32: return run<float>(args, multiprocessors, stream);
-    case GemmDtype::kBFloat16: return run<BFloat16>(args, multiprocessors, stream);
-    case GemmDtype::kFloat16: return run<Half>(args, multiprocessors, stream);
+    case GemmDtype::kFloat32: return run<float>(args, machine, stream);
+    case GemmDtype::kBFloat16: return run<BFloat16>(args, machine, stream);
+    case GemmDtype::kFloat16: return run<Half>(args, machine, stream);
   }
 }
 

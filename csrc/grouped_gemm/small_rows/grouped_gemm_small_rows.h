@@ -32,6 +32,6 @@ struct Arguments {
 
 // Whether shapes and alignment suit the kernel: 16-byte aligned input and weight, with rows of whole 16-byte vectors.
 bool takes(const Arguments& args);
-void grouped_gemm(const Arguments& args, int multiprocessors, cudaStream_t stream);
+void grouped_gemm(const Arguments& args, int device, cudaStream_t stream);
 
 }  // namespace moe_ext::small_rows

@@ -22,12 +22,12 @@ __device__ void multiply_16x8x16(float* sums, const uint32_t (&a)[4], const uint
 #ifdef MOE_EXT_EMULATED
   moe_emulator::multiply_16x8x16<T>(sums, a, b);
 #else
-#define MOE_MMA(type)                                                             \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type             \
-               ".f32"                                                             \
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define MOE_MMA(type)                                                    \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type             \
+      ".f32"                                                             \
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<T, BFloat16>) {
     MOE_MMA("bf16");
   } else {

@@ -32,26 +32,27 @@ MOE_TILE_FUNCTION int64_t item_bound(int64_t max_rows, int64_t num_experts, int6
 }
 
 // `chunk_starts` [num_experts + 1]: exclusive prefix sums of row_chunks; `item` < chunk_starts[num_experts] *
-// column_tiles.
-MOE_TILE_FUNCTION Item find_item(const int32_t* chunk_starts, const int32_t* expert_offsets, int64_t num_experts,
+// column_tiles. The items of one expert must be fewer than 2^32: division by 64 bits is slow on a GPU.
+MOE_TILE_FUNCTION Item find_item(const int32_t* chunk_starts, const int32_t* expert_offsets, int num_experts,
                                  int64_t max_rows, int64_t chunk_rows, int64_t column_tiles, int64_t item) {
-  int64_t low = 0, high = num_experts;  // the last expert whose first item is <= item: it is not empty
+  int low = 0, high = num_experts;  // the last expert whose first item is <= item: it is not empty
   while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
+    const int middle = (low + high) / 2;
     if (chunk_starts[middle] * column_tiles <= item) {
       low = middle;
     } else {
       high = middle;
     }
   }
-  const int64_t chunks = chunk_starts[low + 1] - chunk_starts[low], local = item - chunk_starts[low] * column_tiles;
+  const uint32_t chunks = chunk_starts[low + 1] - chunk_starts[low];
+  const auto local = static_cast<uint32_t>(item - chunk_starts[low] * column_tiles);
   const RowRange range = rows_of_expert(expert_offsets, low, max_rows);
   const int64_t begin = range.begin + local % chunks * chunk_rows;
   return {low, {begin, begin + chunk_rows < range.end ? begin + chunk_rows : range.end}, local / chunks};
 }
 
 // Step i of a warp is step warp + i * warps of the item; this many steps are its own.
-MOE_TILE_FUNCTION int64_t steps_of_warp(int64_t steps, int64_t warp, int64_t warps) {
+MOE_TILE_FUNCTION int steps_of_warp(int steps, int warp, int warps) {
   return warp < steps ? (steps - warp - 1) / warps + 1 : 0;
 }
 
