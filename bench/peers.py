@@ -29,7 +29,8 @@ class _Sorted(NamedTuple):
 def _sort(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> _Sorted:
     flat = topk_ids.flatten()
     order = torch.argsort(flat, stable=True)
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0).int()
+    # bincount would do, but waits for the device: a pipeline with it cannot be captured into a graph.
+    ends = torch.histc(flat.float(), bins=num_experts, min=0, max=num_experts).cumsum(0).int()
     return _Sorted(flat[order], order // topk_ids.shape[1], topk_weights.flatten()[order], ends)
 
 

@@ -1,5 +1,5 @@
-// grouped_gemm on CUDA: one kernel where there is one for all of it (fused_gemm.h); else gather, product, and bias with
-// activation, each a pass of its own.
+// grouped_gemm on CUDA: one kernel where experts hold few rows (small_rows/) or where there is one for all of it
+// (fused_gemm.h); else gather, product, and bias with activation, each a pass of its own.
 // Traffic beside the product: a gather reads and writes M*K elements; bias or activation reads M*N and writes M*N
 //   (bias, or a kept pre-activation) and the activated rows.
 #include "grouped_gemm.h"
@@ -12,6 +12,7 @@
 #include "../permutation/permute.h"
 #include "fused_gemm.h"
 #include "launch_arguments.h"
+#include "small_rows/grouped_gemm_small_rows.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -48,6 +49,37 @@ std::optional<std::tuple<Tensor, Tensor>> multiply_fused(const GroupedGemmShape&
   return std::tuple(output, product);
 }
 
+// Everything contiguous; nothing if the shapes or pointers do not suit small_rows/.
+std::optional<std::tuple<Tensor, Tensor>> multiply_small_rows(const GroupedGemmShape& shape, const Tensor& input,
+                                                              const StoredWeight& stored, const Tensor& offsets,
+                                                              const std::optional<Tensor>& biases,
+                                                              const std::optional<Tensor>& slots,
+                                                              bool save_pre_activation) {
+  small_rows::Arguments args = {};
+  args.input = input.const_data_ptr();
+  args.weight = stored.weight.const_data_ptr();
+  args.bias = biases ? biases->const_data_ptr() : nullptr;
+  args.expert_offsets = offsets.const_data_ptr<int32_t>();
+  args.permuted_to_slot = slots ? slots->const_data_ptr<int32_t>() : nullptr;
+  args.num_slots = shape.gather ? shape.gather->num_slots : 0;
+  args.topk = shape.gather ? shape.gather->topk : 1;
+  args.num_experts = shape.num_experts;
+  args.max_rows = shape.num_rows;
+  args.n = shape.out_features;
+  args.k = shape.in_features;
+  args.layout = stored.layout;
+  args.dtype = gemm_dtype(input, "input");
+  args.activation = shape.activation;
+  if (!small_rows::takes(args)) return {};
+  const bool save = save_pre_activation && shape.activation.kind != Activation::kNone;
+  Tensor output = torch::stable::new_empty(input, {shape.num_rows, shape.activation.output_width(shape.out_features)});
+  Tensor pre_activation = torch::stable::new_empty(input, {save ? shape.num_rows : 0, shape.out_features});
+  args.output = output.mutable_data_ptr();
+  args.pre_activation = save ? pre_activation.mutable_data_ptr() : nullptr;
+  small_rows::grouped_gemm(args, input.get_device_index(), current_stream(input));
+  return std::tuple(output, pre_activation);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weight, const Tensor& expert_offsets,
@@ -65,6 +97,10 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const std::optional<Tensor> biases = contiguous_if_any(bias);
   const StoredWeight stored(weight, shape.layout);
+  if (auto few = multiply_small_rows(shape, source, stored, offsets, biases, contiguous_if_any(permuted_to_slot),
+                                     save_pre_activation)) {
+    return *few;
+  }
   if (auto fused = multiply_fused(shape, source, stored, offsets, biases, contiguous_if_any(permuted_to_slot),
                                   save_pre_activation)) {
     return *fused;

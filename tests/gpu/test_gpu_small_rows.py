@@ -1,0 +1,1 @@
+from test_small_rows import *  # noqa: F403
