@@ -15,15 +15,20 @@ from moe_ext import reference
 
 SCORE_FUNCTIONS = ["softmax", "sigmoid", "sqrt_softplus", "identity"]
 SCORE_ORDERS = ["score_then_select", "select_then_score"]
-# (num_tokens, num_experts, topk): every register count of the CUDA kernels and beyond, E not a power of two, no tokens.
+# (num_tokens, num_experts, topk): every row layout of the CUDA kernels (aligned rows, rows of odd length) and beyond, E
+# not a power of two, no tokens, tokens that leave a warp half empty.
 SHAPES = [
     (0, 4, 2),
     (3, 1, 1),
     (17, 7, 7),
+    (37, 16, 2),
+    (9, 32, 5),
     (33, 60, 6),
     (20, 128, 8),
+    (3, 101, 20),
     (9, 256, 8),
     (5, 384, 40),
+    (2, 501, 3),
     (3, 1024, 8),
     (6, 1500, 33),
 ]
@@ -100,6 +105,31 @@ def test_bias_mask_and_groups(shape, score_function, score_order, biased, mask, 
     assert allowed.gather(1, ids.long().clamp(min=0))[ids >= 0].all()
     in_group = torch.where(ids >= 0, ids // (num_experts // groups[0]), ids[:, :1] // (num_experts // groups[0]))
     assert all(len(set(row.tolist()) - {-1}) <= groups[1] for row in in_group)
+
+
+def test_many_slots_and_groups(device):
+    """More of both than a warp has lanes."""
+    logits = make_logits(5, 512, torch.float32, device)
+    for options in (
+        dict(topk=300),
+        dict(topk=40, num_groups=128, topk_groups=50),
+        dict(topk=9, num_groups=256, topk_groups=5),
+    ):
+        weights, ids = moe_ext.topk_gating(logits, **options)
+        expected, same = reference.topk_gating(logits, **options)
+        assert torch.equal(ids, same)
+        torch.testing.assert_close(weights, expected)
+
+
+def test_ties_across_lanes(device):
+    """Equal logits everywhere: ids ascend, whichever lanes hold them."""
+    for num_experts in (12, 30, 64, 128, 256, 384, 1000, 1500):
+        _, ids = moe_ext.topk_gating(torch.zeros(3, num_experts, device=device), 12)
+        assert (ids == torch.arange(12, device=device)).all(), num_experts
+        late = torch.zeros(3, num_experts, device=device)
+        late[:, -1] = late[:, 5] = 1.0
+        _, ids = moe_ext.topk_gating(late, 4)
+        assert (ids == torch.tensor([5, num_experts - 1, 0, 1], device=device)).all(), num_experts
 
 
 def test_mixtral_gate(device):

@@ -51,11 +51,25 @@ __device__ uint32_t select_threshold(const Key& key, int64_t count, int wanted, 
       if ((value & mask) == prefix) atomicAdd(&histogram[(value >> shift) & (kDigits - 1)], 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = kDigits - 1;
-      while (digit > 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
-      chosen = prefix | static_cast<uint32_t>(digit) << shift;
-      left = wanted;
+    // The digit at which the counts from the top reach `wanted`: one warp, a lane takes kDigits / 32 digits downwards.
+    if (threadIdx.x < kWarpSize) {
+      constexpr int kPerLane = kDigits / kWarpSize;
+      const int lane = threadIdx.x, top = kDigits - 1 - lane * kPerLane;
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) sum += histogram[top - i];
+      int through = sum;
+#pragma unroll
+      for (int offset = 1; offset < kWarpSize; offset *= 2) {
+        const int above = __shfl_up_sync(kFullMask, through, offset);
+        if (lane >= offset) through += above;
+      }
+      if (through >= wanted && through - sum < wanted) {
+        int digit = top, missing = wanted - (through - sum);
+        while (histogram[digit] < missing) missing -= histogram[digit--];
+        chosen = prefix | static_cast<uint32_t>(digit) << shift;
+        left = missing;
+      }
     }
     __syncthreads();
     prefix = chosen;

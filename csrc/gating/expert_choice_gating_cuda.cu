@@ -1,22 +1,24 @@
 // expert_choice_gating and its backward on CUDA.
-//   stats_kernel      one warp per token: the row's softmax (largest logit, sum of exponentials)
+//   stats_kernel      a group of lanes per token: the row's softmax (largest logit, sum of exponentials)
 //   transpose_kernel  32 x 32 tiles through shared memory: scores by expert [E, T], both sides coalesced
 //   threshold_kernel  one block per expert: radix select of its capacity-th best score, then the last token that a tie
-//                     at that score still admits
+//                     at that score still admits; up to kCachedTokens the five passes read keys in shared memory
 //   emit_kernel       32 x 32 tiles back: every score against its expert's threshold
-// Traffic: logits read twice (softmax: three times), scores written once and read six times (from L2 where T*E*4 bytes
-// fit), weights and ids written once. Bound: memory, the passes of the slowest expert for small E.
+// Traffic: logits read once (softmax: twice, the second time from L2), scores written once and read twice (six times
+// above kCachedTokens, from L2 where T*E*4 bytes fit), weights and ids written once. Bound: memory, the passes of one
+// expert for small E.
 #include "expert_choice_gating.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "warp_row.h"
+#include "expert_row.h"
 
 namespace moe_ext::cuda {
 namespace {
 
 constexpr int kTile = 32;
 constexpr int kTileRowsPerPass = 8;
+constexpr int64_t kCachedTokens = 8 * 1024;  // 32 KiB of keys
 
 struct Threshold {
   uint32_t key;
@@ -30,17 +32,16 @@ __device__ float score_of(ScoreFunction function, float logit, SoftmaxRow<float>
 // + 0 makes one zero of the two.
 __device__ uint32_t key_of(float score) { return ordered_key(score + 0.f); }
 
-template <typename scalar_t, int per_lane>
-__global__ void __launch_bounds__(kGateThreads)
+template <typename scalar_t, typename Layout>
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
     stats_kernel(const scalar_t* __restrict__ logits, SoftmaxRow<float>* __restrict__ stats, ExpertChoiceShape shape) {
-  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(shape.num_experts);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
-       token < shape.num_tokens; token += stride) {
-    const WarpRow<scalar_t, per_lane> row(logits + token * num_experts, nullptr, num_experts, lane);
-    const SoftmaxRow<float> softmax = softmax_of(row);
-    if (lane == 0) stats[token] = softmax;
-  }
+  const int num_experts = static_cast<int>(shape.num_experts);
+  const int64_t token = Layout::first_token();
+  if (token - Layout::row_of_warp() >= shape.num_tokens) return;
+  const bool inside = token < shape.num_tokens;
+  const ExpertRow<scalar_t, Layout> row(logits + token * num_experts, nullptr, inside ? num_experts : 0);
+  const SoftmaxRow<float> softmax = softmax_of<Layout>(row);
+  if (inside && Layout::lane() == 0) stats[token] = softmax;
 }
 
 template <typename scalar_t>
@@ -73,9 +74,18 @@ __global__ void __launch_bounds__(kTile* kTileRowsPerPass)
 
 __global__ void __launch_bounds__(kSelectThreads)
     threshold_kernel(const float* __restrict__ scores, Threshold* __restrict__ thresholds, ExpertChoiceShape shape) {
+  MOE_DYNAMIC_SHARED(uint32_t, cached_keys);
+  const bool cached = shape.num_tokens <= kCachedTokens;
   for (int64_t expert = blockIdx.x; expert < shape.num_experts; expert += gridDim.x) {
     const float* mine = scores + expert * shape.num_tokens;
-    const auto key = [&](int64_t token) { return key_of(mine[token]); };
+    if (cached) {
+#pragma unroll 4
+      for (int token = threadIdx.x; token < shape.num_tokens; token += kSelectThreads) {
+        cached_keys[token] = key_of(mine[token]);
+      }
+      // Every thread reads the keys it wrote, no others: no barrier.
+    }
+    const auto key = [&](int64_t token) { return cached ? cached_keys[token] : key_of(mine[token]); };
     int ties = 0;
     const uint32_t threshold = select_threshold(key, shape.num_tokens, static_cast<int>(shape.capacity), &ties);
     int seen = 0;
@@ -123,41 +133,76 @@ __global__ void __launch_bounds__(kTile* kTileRowsPerPass)
   }
 }
 
-template <typename scalar_t, int per_lane>
-__global__ void __launch_bounds__(kGateThreads)
+// The gradients of a lane's experts, 0 for those that did not choose the token: in registers, read again where wide.
+template <typename Layout, bool wide = Layout::wide>
+struct ChosenGradients {
+  float values[Layout::per_lane];
+  uint32_t mask = 0;
+
+  __device__ ChosenGradients(const float* gradient, const int32_t* ids, int num_experts) {
+#pragma unroll
+    for (int i = 0; i < Layout::per_lane; i += Layout::width) {
+      const int first = Layout::expert(i, Layout::lane());
+      Vector<int32_t, Layout::width> id{};
+      Vector<float, Layout::width> values_here{};
+      if (first < num_experts) {
+        id = *reinterpret_cast<const Vector<int32_t, Layout::width>*>(ids + first);
+        values_here = *reinterpret_cast<const Vector<float, Layout::width>*>(gradient + first);
+      }
+#pragma unroll
+      for (int k = 0; k < Layout::width; ++k) {
+        const bool is_chosen = first < num_experts && id.values[k] == first + k;
+        values[i + k] = is_chosen ? values_here.values[k] : 0.f;
+        mask |= (is_chosen ? 1u : 0u) << (i + k);
+      }
+    }
+  }
+  __device__ bool chosen(int i) const { return mask >> i & 1; }
+  __device__ float operator[](int i) const { return values[i]; }
+};
+
+template <typename Layout>
+struct ChosenGradients<Layout, true> {
+  const float* gradient;
+  const int32_t* ids;
+  int num_experts;
+
+  __device__ ChosenGradients(const float* gradient, const int32_t* ids, int num_experts)
+      : gradient(gradient), ids(ids), num_experts(num_experts) {}
+  __device__ bool chosen(int i) const {
+    const int expert = Layout::expert(i, Layout::lane());
+    return expert < num_experts && ids[expert] == expert;
+  }
+  __device__ float operator[](int i) const { return chosen(i) ? gradient[Layout::expert(i, Layout::lane())] : 0.f; }
+};
+
+template <typename scalar_t, typename Layout>
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
     expert_choice_backward_kernel(const float* __restrict__ grad_topk_weights, const scalar_t* __restrict__ logits,
                                   const int32_t* __restrict__ topk_ids, scalar_t* __restrict__ grad_logits,
                                   ExpertChoiceShape shape) {
-  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(shape.num_experts);
+  const int num_experts = static_cast<int>(shape.num_experts);
   const bool is_softmax = shape.score_function == ScoreFunction::kSoftmax;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
-       token < shape.num_tokens; token += stride) {
-    const int64_t first = token * num_experts;
-    const WarpRow<scalar_t, per_lane> row(logits + first, nullptr, num_experts, lane);
-    const SoftmaxRow<float> softmax = is_softmax ? softmax_of(row) : SoftmaxRow<float>{0.f, 1.f};
-    const auto is_chosen = [&](int expert) { return topk_ids[first + expert] == expert; };
-    float dot = 0.f;
+  const int64_t token = Layout::first_token(), start = token * num_experts;
+  if (token - Layout::row_of_warp() >= shape.num_tokens) return;
+  const int experts_here = token < shape.num_tokens ? num_experts : 0;
+  const ExpertRow<scalar_t, Layout> row(logits + start, nullptr, experts_here);
+  const ChosenGradients<Layout> grads(grad_topk_weights + start, topk_ids + start, experts_here);
+  const SoftmaxRow<float> softmax = is_softmax ? softmax_of<Layout>(row) : SoftmaxRow<float>{0.f, 1.f};
+  const float scale = divide(1.f, softmax.sum);
+  float dot = 0.f;
 #pragma unroll
-    for (int i = 0; i < row.count(); ++i) {
-      const int expert = lane + i * kWarpSize;
-      if (is_softmax && expert < num_experts && is_chosen(expert)) {
-        dot += grad_topk_weights[first + expert] * softmax.probability(row.logit(i));
-      }
-    }
-    dot = warp_sum(dot);
-#pragma unroll
-    for (int i = 0; i < row.count(); ++i) {
-      const int expert = lane + i * kWarpSize;
-      if (expert >= num_experts) continue;
-      const float logit = row.logit(i);
-      const bool chosen = is_chosen(expert), unused_nan = logit != logit && !chosen;
-      const float grad = chosen ? grad_topk_weights[first + expert] : 0.f;
-      const float slope =
-          is_softmax ? softmax.probability(logit) : elementwise_score_gradient(shape.score_function, logit);
-      grad_logits[first + expert] = static_cast<scalar_t>(unused_nan ? 0.f : slope * (grad - dot));
-    }
+  for (int i = 0; i < row.count(); ++i) {
+    if (is_softmax && grads.chosen(i)) dot += grads[i] * (expf(row.logit(i) - softmax.largest) * scale);
   }
+  dot = group_sum<Layout::lanes>(dot);
+  store_row<Layout>(grad_logits + start, experts_here, [&](int i) {
+    const float logit = row.logit(i);
+    if (logit != logit && !grads.chosen(i)) return 0.f;
+    const float slope =
+        is_softmax ? expf(logit - softmax.largest) * scale : elementwise_score_gradient(shape.score_function, logit);
+    return slope * (grads[i] - dot);
+  });
 }
 
 }  // namespace
@@ -185,15 +230,17 @@ std::tuple<Tensor, Tensor> expert_choice_gating(const Tensor& logits, int64_t ca
     const auto* logit = source.const_data_ptr<scalar_t>();
     if (shape.capacity == 0) return;
     if (shape.score_function == ScoreFunction::kSoftmax) {
-      dispatch_experts(shape.num_experts, [&](auto per_lane) {
-        launch_kernel(stats_kernel<scalar_t, decltype(per_lane)::value>, blocks_for_rows(shape.num_tokens),
-                      kGateThreads, 0, stream, logit, stat, shape);
+      dispatch_experts(shape.num_experts, rows_are_aligned<scalar_t>(shape.num_experts, {logit}), [&](auto layout) {
+        using Layout = decltype(layout);
+        launch_kernel(stats_kernel<scalar_t, Layout>, blocks_for_rows<Layout>(shape.num_tokens), kGateThreads, 0,
+                      stream, logit, stat, shape);
       });
     }
     launch_kernel(transpose_kernel<scalar_t>, tile_blocks, kTile * kTileRowsPerPass, 0, stream, logit, stat,
                   scores.mutable_data_ptr<float>(), shape);
-    launch_kernel(threshold_kernel, static_cast<unsigned>(std::min(shape.num_experts, kMaxBlocks)), kSelectThreads, 0,
-                  stream, scores.const_data_ptr<float>(), threshold, shape);
+    const size_t cached_bytes = shape.num_tokens <= kCachedTokens ? shape.num_tokens * sizeof(uint32_t) : 0;
+    launch_kernel(threshold_kernel, static_cast<unsigned>(std::min(shape.num_experts, kMaxBlocks)), kSelectThreads,
+                  cached_bytes, stream, scores.const_data_ptr<float>(), threshold, shape);
   });
   launch_kernel(emit_kernel, tile_blocks, kTile * kTileRowsPerPass, 0, stream, scores.const_data_ptr<float>(),
                 threshold, topk_weights.mutable_data_ptr<float>(), topk_ids.mutable_data_ptr<int32_t>(), shape);
@@ -211,11 +258,15 @@ Tensor expert_choice_gating_backward(const Tensor& grad_topk_weights, const Tens
   if (shape.num_tokens == 0) return grad_logits;
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    dispatch_experts(shape.num_experts, [&](auto per_lane) {
-      launch_kernel(expert_choice_backward_kernel<scalar_t, decltype(per_lane)::value>,
-                    blocks_for_rows(shape.num_tokens), kGateThreads, 0, current_stream(logits),
-                    gradient.const_data_ptr<float>(), source.const_data_ptr<scalar_t>(),
-                    chosen.const_data_ptr<int32_t>(), grad_logits.mutable_data_ptr<scalar_t>(), shape);
+    const bool aligned =
+        rows_are_aligned<scalar_t>(shape.num_experts, {source.const_data_ptr()}) &&
+        rows_are_aligned<float>(shape.num_experts, {gradient.const_data_ptr(), chosen.const_data_ptr()});
+    dispatch_experts(shape.num_experts, aligned, [&](auto layout) {
+      using Layout = decltype(layout);
+      launch_kernel(expert_choice_backward_kernel<scalar_t, Layout>, blocks_for_rows<Layout>(shape.num_tokens),
+                    kGateThreads, 0, current_stream(logits), gradient.const_data_ptr<float>(),
+                    source.const_data_ptr<scalar_t>(), chosen.const_data_ptr<int32_t>(),
+                    grad_logits.mutable_data_ptr<scalar_t>(), shape);
     });
   });
   return grad_logits;

@@ -1,178 +1,212 @@
 // router_losses and its backward on CUDA. Floating sums run in a fixed order; the only atomics count integers.
-// Mapping: one warp per token, its logits in registers (above 1024 experts: read again at every use, the warp's sums in
-//   a workspace row).
-//   partial_kernel: a block sums the scores and squared logsumexps of its tokens into one row of partial sums
-//   finish_kernel:  one block adds the partial rows in order and multiplies with the loads
-//   backward:       one warp per token, everything recomputed from its logits
-// Traffic: E logits and K ids read per token, 4*E bytes per block of partial sums; backward: E read, E written.
-// Bound: memory.
+//   count_kernel:    loads and counted tokens, through histograms in shared memory
+//   loss_kernel:     a group of lanes per token, as in topk_gating; a lane keeps the loads of its experts and sums
+//                    load * score and logsumexp^2 over its tokens; the last block adds the sums of all blocks in order
+//   backward:        a group of lanes per token, everything recomputed from its logits
+// The losses are no by-product of topk_gating: a balance loss needs all loads before the first score is weighted, and
+// the logits, at most tens of megabytes, are still in L2 when loss_kernel reads them.
+// Traffic: E logits and K ids read per token; backward: E read, E written. Bound: memory, launches for few tokens.
 #include "router_losses.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include "../common/optional_tensor.h"
-#include "warp_row.h"
+#include "expert_row.h"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int64_t kMaxPartialBlocks = 256;
-constexpr int64_t kTokensPerBlock = 16;
+constexpr int kCountThreads = 256;
+constexpr int64_t kEntriesPerCountBlock = 4096;
+constexpr int kMaxSharedCounts = 12000;  // above, blocks count in device memory
+constexpr int64_t kLossBlocksPerMultiprocessor = 8;
+
+template <typename index_t>
+__global__ void __launch_bounds__(kCountThreads)
+    count_kernel(const index_t* __restrict__ topk_ids, const bool* __restrict__ token_mask,
+                 int32_t* __restrict__ tokens_per_expert, int32_t* __restrict__ num_counted,
+                 int32_t* __restrict__ finished_blocks, LossShape shape) {
+  MOE_DYNAMIC_SHARED(int32_t, shared_counts);
+  const int num_experts = static_cast<int>(shape.num_experts);
+  const bool in_shared = num_experts <= kMaxSharedCounts;
+  int32_t* counts = in_shared ? shared_counts : tokens_per_expert;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kCountThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kCountThreads + threadIdx.x;
+  if (first == 0) *finished_blocks = 0;
+  if (in_shared) {
+    for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) counts[expert] = 0;
+    __syncthreads();
+  }
+#pragma unroll 4
+  for (int64_t i = first; i < shape.num_tokens * shape.topk; i += stride) {
+    const index_t id = topk_ids[i];
+    if (id >= 0 && id < num_experts && (!token_mask || token_mask[i / shape.topk])) atomicAdd(&counts[id], 1);
+  }
+  int counted = !token_mask && first == 0 ? static_cast<int>(shape.num_tokens) : 0;
+  for (int64_t token = first; token_mask && token < shape.num_tokens; token += stride) counted += token_mask[token];
+  if (counted > 0) atomicAdd(num_counted, counted);
+  if (!in_shared) return;
+  __syncthreads();
+  for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) {
+    if (counts[expert] > 0) atomicAdd(&tokens_per_expert[expert], counts[expert]);
+  }
+}
 
 // What the scores of a token are made from; they sum to one over the row.
 struct ScoredToken {
   ScoreFunction function;
-  SoftmaxRow<float> softmax;  // unlike in the gate, a NaN logit shows in all of it
-  float logsumexp, total;     // total: the sum of the scores before they are divided by it
+  float largest, logsumexp;  // unlike in the gate, a NaN logit shows in all of it
+  float scale;               // 1 / the sum of the scores before they are divided by it; 0 where that is 0
 
   __device__ float score(float logit) const {
-    if (function == ScoreFunction::kSoftmax) return softmax.probability(logit);
-    return total == 0.f ? 0.f : elementwise_score(function, logit) / total;
+    if (function == ScoreFunction::kSoftmax) return expf(logit - largest) * scale;
+    return scale == 0.f ? 0.f : elementwise_score(function, logit) * scale;
   }
 };
 
-template <typename Row>
+template <typename Layout, typename Row>
 __device__ ScoredToken score_token(const Row& row, ScoreFunction function) {
   float largest = -INFINITY, sum = 0.f, total = 0.f;
 #pragma unroll
   for (int i = 0; i < row.count(); ++i) {
-    if (row.allowed(i) && row.logit(i) > largest) largest = row.logit(i);
+    if (row.allowed(i)) largest = fmaxf(largest, row.logit(i));  // fmaxf passes over NaN
   }
-  largest = warp_max(largest);
+  largest = group_max<Layout::lanes>(largest);
 #pragma unroll
   for (int i = 0; i < row.count(); ++i) {
-    if (!row.allowed(i)) continue;
-    sum += expf(row.logit(i) - largest);
-    if (function != ScoreFunction::kSoftmax) total += elementwise_score(function, row.logit(i));
+    if (row.allowed(i)) sum += expf(row.logit(i) - largest);
   }
-  sum = warp_sum(sum);
-  return {function, {largest, sum}, largest + logf(sum), function == ScoreFunction::kSoftmax ? 1.f : warp_sum(total)};
-}
-
-// partial: [blocks, E + 1]; the last column holds the squared logsumexps.
-template <typename scalar_t, typename index_t, int per_lane>
-__global__ void __launch_bounds__(kGateThreads)
-    partial_kernel(const scalar_t* __restrict__ logits, const index_t* __restrict__ topk_ids,
-                   const bool* __restrict__ token_mask, float* __restrict__ workspace, float* __restrict__ partial,
-                   int32_t* __restrict__ tokens_per_expert, int32_t* __restrict__ num_counted, int64_t workspace_stride,
-                   LossShape shape) {
-  MOE_DYNAMIC_SHARED(float, shared_sums);  // [E + 1], where the row fits in registers
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int num_experts = static_cast<int>(shape.num_experts);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kGateWarps + warp;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  float* block_partial = partial + static_cast<int64_t>(blockIdx.x) * (num_experts + 1);
-  float* block_sums = per_lane > 0 ? shared_sums : block_partial;
-  const int count = per_lane > 0 ? per_lane : (num_experts + kWarpSize - 1) / kWarpSize;
-  LaneValues<float, per_lane> sums(workspace + first_token * workspace_stride, lane);
-#pragma unroll
-  for (int i = 0; i < count; ++i) sums[i] = 0.f;
-  float squares = 0.f;
-  int counted = 0;
-  for (int64_t token = first_token; token < shape.num_tokens; token += stride) {
-    if (token_mask && !token_mask[token]) continue;
-    ++counted;
-    const WarpRow<scalar_t, per_lane> row(logits + token * num_experts, nullptr, num_experts, lane);
-    const ScoredToken scored = score_token(row, shape.score_function);
+  sum = group_sum<Layout::lanes>(sum);
+  if (function != ScoreFunction::kSoftmax) {
 #pragma unroll
     for (int i = 0; i < row.count(); ++i) {
-      if (row.allowed(i)) sums[i] += scored.score(row.logit(i));
+      if (row.allowed(i)) total += elementwise_score(function, row.logit(i));
     }
-    squares += scored.logsumexp * scored.logsumexp;
-    for (int64_t j = lane; j < shape.topk; j += kWarpSize) {
-      const index_t id = topk_ids[token * shape.topk + j];
-      if (id >= 0 && id < num_experts) atomicAdd(&tokens_per_expert[id], 1);
-    }
+    total = group_sum<Layout::lanes>(total);
+  } else {
+    total = sum;
   }
-  if (lane == 0 && counted > 0) atomicAdd(num_counted, counted);
-  for (int w = 0; w < kGateWarps; ++w) {
-    if (warp == w) {
+  return {function, largest, largest + logf(sum), total == 0.f ? 0.f : divide(1.f, total)};
+}
+
+// Loads of a lane's experts: in registers, read again where rows are wide.
+template <typename Layout>
+struct Loads {
+  LaneValues<float, Layout::wide ? 1 : Layout::per_lane> values;
+  const int32_t* tokens_per_expert;
+  int num_experts;
+
+  __device__ Loads(const int32_t* tokens_per_expert, int num_experts)
+      : values(nullptr, 0), tokens_per_expert(tokens_per_expert), num_experts(num_experts) {
+    if constexpr (!Layout::wide) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const int expert = lane + i * kWarpSize;
-        if (expert < num_experts) block_sums[expert] = (w == 0 ? 0.f : block_sums[expert]) + sums[i];
-      }
-      if (lane == 0) block_sums[num_experts] = (w == 0 ? 0.f : block_sums[num_experts]) + squares;
+      for (int i = 0; i < Layout::per_lane; ++i) values[i] = read(i);
     }
-    __syncthreads();
   }
-  if constexpr (per_lane > 0) {
-    for (int i = threadIdx.x; i <= num_experts; i += kGateThreads) block_partial[i] = block_sums[i];
+  __device__ float read(int i) const {
+    const int expert = Layout::expert(i, Layout::lane());
+    return expert < num_experts ? static_cast<float>(tokens_per_expert[expert]) : 0.f;
   }
-}
+  __device__ float operator[](int i) const {
+    if constexpr (Layout::wide) return read(i);
+    return values[i];
+  }
+};
 
-__global__ void __launch_bounds__(kGateThreads)
-    finish_kernel(const float* __restrict__ partial, int num_blocks, const int32_t* __restrict__ tokens_per_expert,
-                  const int32_t* __restrict__ num_counted, float* __restrict__ balance_loss, float* __restrict__ z_loss,
-                  LossShape shape) {
-  __shared__ float warp_totals[kGateWarps];
-  const int num_experts = static_cast<int>(shape.num_experts);
-  const float tokens = static_cast<float>(max(*num_counted, 1));
-  float balance = 0.f;
-  for (int column = threadIdx.x; column <= num_experts; column += kGateThreads) {
-    float sum = 0.f;
-#pragma unroll 8
-    for (int b = 0; b < num_blocks; ++b) sum += partial[static_cast<int64_t>(b) * (num_experts + 1) + column];
-    if (column < num_experts) {
-      balance += static_cast<float>(tokens_per_expert[column]) * sum;
-    } else {
-      *z_loss = sum / tokens;
-    }
-  }
-  balance = warp_sum(balance);
-  if (threadIdx.x % kWarpSize == 0) warp_totals[threadIdx.x / kWarpSize] = balance;
+// Sum over the block in a fixed order; thread 0 has it.
+__device__ float block_sum(float value) {
+  __shared__ float warp_sums[kGateWarps];
+  value = group_sum<kWarpSize>(value);
+  __syncthreads();  // warp_sums may still be read from the last call
+  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = value;
   __syncthreads();
+  float total = 0.f;
+  for (int w = 0; w < kGateWarps; ++w) total += warp_sums[w];
+  return total;
+}
+
+struct LossSums {
+  float balance, squares;
+};
+
+template <typename scalar_t, typename Layout>
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+    loss_kernel(const scalar_t* __restrict__ logits, const bool* __restrict__ token_mask,
+                const int32_t* __restrict__ tokens_per_expert, const int32_t* __restrict__ num_counted,
+                LossSums* partial, int32_t* finished_blocks, float* __restrict__ balance_loss,
+                float* __restrict__ z_loss, LossShape shape) {
+  __shared__ bool is_last;
+  const int num_experts = static_cast<int>(shape.num_experts);
+  const Loads<Layout> loads(tokens_per_expert, num_experts);
+  LossSums sums{0.f, 0.f};
+  // A loop over the warps' first tokens, so that the lanes of a warp stay together.
+  for (int64_t token = Layout::first_token(); token - Layout::row_of_warp() < shape.num_tokens;
+       token += static_cast<int64_t>(gridDim.x) * Layout::rows_per_block) {
+    const bool counts = token < shape.num_tokens && (!token_mask || token_mask[token]);
+    const ExpertRow<scalar_t, Layout> row(logits + token * num_experts, nullptr, counts ? num_experts : 0);
+    const ScoredToken scored = score_token<Layout>(row, shape.score_function);
+    if (!counts) continue;
+#pragma unroll
+    for (int i = 0; i < row.count(); ++i) {
+      if (row.allowed(i)) sums.balance += loads[i] * scored.score(row.logit(i));
+    }
+    if (Layout::lane() == 0) sums.squares += scored.logsumexp * scored.logsumexp;
+  }
+  sums = {block_sum(sums.balance), block_sum(sums.squares)};
   if (threadIdx.x == 0) {
-    float total = 0.f;
-    for (int w = 0; w < kGateWarps; ++w) total += warp_totals[w];
-    *balance_loss = total * static_cast<float>(num_experts) / (static_cast<float>(shape.topk) * tokens * tokens);
+    partial[blockIdx.x] = sums;
+    __threadfence();
+    is_last = atomicAdd(finished_blocks, 1) == static_cast<int32_t>(gridDim.x) - 1;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  LossSums all{0.f, 0.f};
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += kGateThreads) {
+    all.balance += __ldcg(&partial[b].balance);
+    all.squares += __ldcg(&partial[b].squares);
+  }
+  all = {block_sum(all.balance), block_sum(all.squares)};
+  if (threadIdx.x == 0) {
+    const float tokens = static_cast<float>(max(*num_counted, 1));
+    *balance_loss = all.balance * static_cast<float>(num_experts) / (static_cast<float>(shape.topk) * tokens * tokens);
+    *z_loss = all.squares / tokens;
   }
 }
 
-template <typename scalar_t, int per_lane>
-__global__ void __launch_bounds__(kGateThreads)
+template <typename scalar_t, typename Layout>
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
     router_losses_backward_kernel(const float* __restrict__ grad_balance_loss, const float* __restrict__ grad_z_loss,
                                   const scalar_t* __restrict__ logits, const int32_t* __restrict__ tokens_per_expert,
                                   const int32_t* __restrict__ num_counted, const bool* __restrict__ token_mask,
                                   scalar_t* __restrict__ grad_logits, LossShape shape) {
-  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(shape.num_experts);
+  const int num_experts = static_cast<int>(shape.num_experts);
   const float tokens = static_cast<float>(max(*num_counted, 1));
   const float grad_balance = *grad_balance_loss / tokens, grad_z = *grad_z_loss / tokens;
   const float load_factor = static_cast<float>(num_experts) / (static_cast<float>(shape.topk) * tokens);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
-       token < shape.num_tokens; token += stride) {
-    scalar_t* destination = grad_logits + token * num_experts;
-    if (token_mask && !token_mask[token]) {
-      for (int expert = lane; expert < num_experts; expert += kWarpSize)
-        destination[expert] = static_cast<scalar_t>(0.f);
-      continue;
-    }
-    const WarpRow<scalar_t, per_lane> row(logits + token * num_experts, nullptr, num_experts, lane);
-    const ScoredToken scored = score_token(row, shape.score_function);
-    float mean = 0.f;
+  const Loads<Layout> loads(tokens_per_expert, num_experts);
+  const int64_t token = Layout::first_token();
+  if (token - Layout::row_of_warp() >= shape.num_tokens) return;
+  const bool inside = token < shape.num_tokens, counts = inside && (!token_mask || token_mask[token]);
+  scalar_t* destination = grad_logits + token * num_experts;
+  const ExpertRow<scalar_t, Layout> row(logits + token * num_experts, nullptr, counts ? num_experts : 0);
+  const ScoredToken scored = score_token<Layout>(row, shape.score_function);
+  float mean = 0.f;
 #pragma unroll
-    for (int i = 0; i < row.count(); ++i) {
-      const int expert = lane + i * kWarpSize;
-      if (expert >= num_experts) continue;
-      mean += load_factor * static_cast<float>(tokens_per_expert[expert]) * scored.score(row.logit(i));
-    }
-    mean = warp_sum(mean);
-#pragma unroll
-    for (int i = 0; i < row.count(); ++i) {
-      const int expert = lane + i * kWarpSize;
-      if (expert >= num_experts) continue;
-      const float logit = row.logit(i);
-      float slope = scored.score(logit);
-      if (shape.score_function != ScoreFunction::kSoftmax) {
-        slope = scored.total == 0.f ? 0.f : elementwise_score_gradient(shape.score_function, logit) / scored.total;
-      }
-      const float load = load_factor * static_cast<float>(tokens_per_expert[expert]);
-      const float probability = expf(logit - scored.logsumexp);
-      destination[expert] =
-          static_cast<scalar_t>(grad_balance * slope * (load - mean) + grad_z * 2.f * scored.logsumexp * probability);
-    }
+  for (int i = 0; i < row.count(); ++i) {
+    if (row.allowed(i)) mean += load_factor * loads[i] * scored.score(row.logit(i));
   }
+  mean = group_sum<Layout::lanes>(mean);
+  store_row<Layout>(destination, inside ? num_experts : 0, [&](int i) {
+    if (!counts) return 0.f;
+    const float logit = row.logit(i);
+    float slope = scored.score(logit);
+    if (shape.score_function != ScoreFunction::kSoftmax) {
+      slope = scored.scale == 0.f ? 0.f : elementwise_score_gradient(shape.score_function, logit) * scored.scale;
+    }
+    const float probability = expf(logit - scored.logsumexp);
+    return grad_balance * slope * (load_factor * loads[i] - mean) + grad_z * 2.f * scored.logsumexp * probability;
+  });
 }
 
 }  // namespace
@@ -189,30 +223,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
   Tensor z_loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
   Tensor tokens_per_expert = torch::stable::new_zeros(logits, {shape.num_experts}, ScalarType::Int);
   Tensor num_counted = torch::stable::new_zeros(logits, {}, ScalarType::Int);
-  const int64_t num_blocks = std::clamp<int64_t>(ceil_div(shape.num_tokens, kTokensPerBlock), 1, kMaxPartialBlocks);
-  Tensor partial = torch::stable::new_empty(logits, {num_blocks, shape.num_experts + 1}, ScalarType::Float);
-  const bool wide = shape.num_experts > kMaxRegisterExperts;
-  const int64_t workspace_stride = wide ? workspace_row(shape.num_experts) : 0;
-  const size_t shared_bytes = wide ? 0 : (shape.num_experts + 1) * sizeof(float);
-  Tensor workspace = torch::stable::new_empty(logits, {num_blocks * kGateWarps * workspace_stride}, ScalarType::Float);
+  const int64_t entries = shape.num_tokens * shape.topk;
+  const int64_t loss_blocks = kLossBlocksPerMultiprocessor * multiprocessor_count(logits);
+  Tensor scratch = torch::stable::new_empty(logits, {1 + 2 * (loss_blocks + 1)}, ScalarType::Float);
+  auto* finished_blocks = reinterpret_cast<int32_t*>(scratch.mutable_data_ptr<float>());
+  auto* partial = reinterpret_cast<LossSums*>(scratch.mutable_data_ptr<float>() + 1);
+  dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
+    using index_t = typename decltype(tag)::type;
+    const auto blocks = static_cast<unsigned>(
+        std::clamp<int64_t>(ceil_div(entries, kEntriesPerCountBlock), 1, 2 * multiprocessor_count(logits)));
+    const size_t shared = shape.num_experts <= kMaxSharedCounts ? shape.num_experts * sizeof(int32_t) : 0;
+    launch_kernel(count_kernel<index_t>, blocks, kCountThreads, shared, stream, ids.const_data_ptr<index_t>(),
+                  mask ? mask->const_data_ptr<bool>() : nullptr, tokens_per_expert.mutable_data_ptr<int32_t>(),
+                  num_counted.mutable_data_ptr<int32_t>(), finished_blocks, shape);
+  });
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto index_tag) {
-      using index_t = typename decltype(index_tag)::type;
-      dispatch_experts(shape.num_experts, [&](auto per_lane) {
-        launch_kernel(partial_kernel<scalar_t, index_t, decltype(per_lane)::value>, static_cast<unsigned>(num_blocks),
-                      kGateThreads, shared_bytes, stream, source.const_data_ptr<scalar_t>(),
-                      ids.const_data_ptr<index_t>(), mask ? mask->const_data_ptr<bool>() : nullptr,
-                      workspace.mutable_data_ptr<float>(), partial.mutable_data_ptr<float>(),
-                      tokens_per_expert.mutable_data_ptr<int32_t>(), num_counted.mutable_data_ptr<int32_t>(),
-                      workspace_stride, shape);
-      });
+    const bool aligned = rows_are_aligned<scalar_t>(shape.num_experts, {source.const_data_ptr()});
+    dispatch_experts(shape.num_experts, aligned, [&](auto layout) {
+      using Layout = decltype(layout);
+      const auto blocks = static_cast<unsigned>(
+          std::clamp<int64_t>(ceil_div(shape.num_tokens, Layout::rows_per_block), 1, loss_blocks));
+      launch_kernel(loss_kernel<scalar_t, Layout>, blocks, kGateThreads, 0, stream, source.const_data_ptr<scalar_t>(),
+                    mask ? mask->const_data_ptr<bool>() : nullptr, tokens_per_expert.const_data_ptr<int32_t>(),
+                    num_counted.const_data_ptr<int32_t>(), partial, finished_blocks,
+                    balance_loss.mutable_data_ptr<float>(), z_loss.mutable_data_ptr<float>(), shape);
     });
   });
-  launch_kernel(finish_kernel, 1, kGateThreads, 0, stream, partial.const_data_ptr<float>(),
-                static_cast<int>(num_blocks), tokens_per_expert.const_data_ptr<int32_t>(),
-                num_counted.const_data_ptr<int32_t>(), balance_loss.mutable_data_ptr<float>(),
-                z_loss.mutable_data_ptr<float>(), shape);
   return {balance_loss, z_loss, tokens_per_expert, num_counted};
 }
 
@@ -229,13 +266,15 @@ Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& gra
   if (shape.num_tokens == 0) return grad_logits;
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    dispatch_experts(shape.num_experts, [&](auto per_lane) {
-      launch_kernel(router_losses_backward_kernel<scalar_t, decltype(per_lane)::value>,
-                    blocks_for_rows(shape.num_tokens), kGateThreads, 0, current_stream(logits),
-                    grad_balance_loss.const_data_ptr<float>(), grad_z_loss.const_data_ptr<float>(),
-                    source.const_data_ptr<scalar_t>(), loads.const_data_ptr<int32_t>(),
-                    num_counted.const_data_ptr<int32_t>(), mask ? mask->const_data_ptr<bool>() : nullptr,
-                    grad_logits.mutable_data_ptr<scalar_t>(), shape);
+    const bool aligned =
+        rows_are_aligned<scalar_t>(shape.num_experts, {source.const_data_ptr(), grad_logits.const_data_ptr()});
+    dispatch_experts(shape.num_experts, aligned, [&](auto layout) {
+      using Layout = decltype(layout);
+      launch_kernel(router_losses_backward_kernel<scalar_t, Layout>, blocks_for_rows<Layout>(shape.num_tokens),
+                    kGateThreads, 0, current_stream(logits), grad_balance_loss.const_data_ptr<float>(),
+                    grad_z_loss.const_data_ptr<float>(), source.const_data_ptr<scalar_t>(),
+                    loads.const_data_ptr<int32_t>(), num_counted.const_data_ptr<int32_t>(),
+                    mask ? mask->const_data_ptr<bool>() : nullptr, grad_logits.mutable_data_ptr<scalar_t>(), shape);
     });
   });
   return grad_logits;

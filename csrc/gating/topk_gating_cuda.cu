@@ -1,271 +1,200 @@
 // topk_gating and its backward on CUDA.
-// Mapping: one warp per token, its logits in registers (above 1024 experts: read again at every use, the keys in a
-//   workspace row per warp). Selection is topk rounds of a warp-wide maximum over 64-bit candidates (key, then the
-//   lower id), each below the last one found; slot j ends in lane j % 32.
-// Traffic per token: E logits read, 8*K bytes written; backward: E + 2*K read, E written. Above 1024 experts a round
-//   reads the 4*E bytes of its keys, from L2.
-// Bound: memory for large E and small K, the shuffles of K rounds else.
+// Mapping: a group of 4 to 32 lanes per token, its logits in registers (above 1024 experts: read again at every use),
+//   its selection keys in shared memory (above 1024: a workspace row per warp). Selection: topk_selection.h.
+//   Slot j of a token belongs to lane j % lanes.
+// Instructions per token, forward, softmax, by reading: about 25 per 4 experts of a lane for loads, exponentials and
+//   keys, and 30 per round, shared by the tokens of a warp: at 128 experts, top-8, about 220 instructions and 60 cycles
+//   of the shuffle and shared-memory pipe.
+// Traffic per token: E logits read, 8*K bytes written; backward: E + 2*K read, E written (and K of them twice, in L2).
+// Bound: launch and latency below some 8192 tokens, memory for large E, the rounds for large K.
 #include "topk_gating.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include "../common/optional_tensor.h"
-#include "warp_row.h"
+#include "topk_selection.h"
 
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kSlotsPerLane = 4;
-constexpr int kMaxTopk = kSlotsPerLane * kWarpSize;
-constexpr int kMaxGroups = 2 * kWarpSize;
+// Both bound by the shared memory of a block: keys and slots of kGateWarps tokens in 48 KiB.
+constexpr int kMaxTopk = 1024;
+constexpr int kMaxGroups = 1024;
 
-// What the selection compares, as an integer of the same order: 0 for no candidate, 1 for NaN. + 0 makes one zero of
-// the two.
-constexpr uint32_t kNanKey = 1;
-__device__ uint32_t key_of(float value) { return max(ordered_key(value + 0.f), kNanKey); }
-
-__device__ float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
-
-// A key over the complement of its expert: larger is better, the lower id wins ties, 0 is none.
-__device__ uint64_t candidate(uint32_t key, int expert) {
-  return key == 0 ? 0 : static_cast<uint64_t>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(expert));
-}
-__device__ uint32_t key_in(uint64_t found) { return static_cast<uint32_t>(found >> 32); }
-__device__ int expert_in(uint64_t found) {
-  return found == 0 ? -1 : static_cast<int>(0xffffffffu - static_cast<uint32_t>(found));
-}
-
-constexpr uint64_t kAboveAll = ~uint64_t{0};
-
-template <typename Keys>
-__device__ uint64_t best_below(const Keys& keys, int count, int lane, int first, int end, uint64_t below) {
-  uint64_t best = 0;
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int expert = lane + i * kWarpSize;
-    const uint64_t value = expert >= first && expert < end ? candidate(keys[i], expert) : 0;
-    if (value < below && value > best) best = value;
-  }
-  return warp_max(best);
-}
-
-// The groups that stay, as bits. A group's score is the sum of its two best values (DeepSeek-V3); NaN does not count.
-// Lane g holds the scores of groups g and g + 32.
-template <typename Keys>
-__device__ uint64_t best_groups(const Keys& keys, int count, int lane, int num_groups, int group_size,
-                                int topk_groups) {
-  LaneValues<uint32_t, 2> scores(nullptr, lane);
-  scores[0] = scores[1] = 0;
-  for (int group = 0; group < num_groups; ++group) {
-    const int first = group * group_size;
-    const uint64_t best = best_below(keys, count, lane, first, first + group_size, kAboveAll);
-    const uint64_t second = best_below(keys, count, lane, first, first + group_size, best);
-    float score = key_in(best) > kNanKey ? value_of(key_in(best)) : -INFINITY;
-    if (key_in(second) > kNanKey && value_of(key_in(second)) > -INFINITY) score += value_of(key_in(second));
-    if (lane == group % kWarpSize) {
-      if (group < kWarpSize)
-        scores[0] = key_of(score);
-      else
-        scores[1] = key_of(score);
-    }
-  }
-  uint64_t kept = 0, below = kAboveAll;
-  for (int i = 0; i < topk_groups; ++i) {
-    below = best_below(scores, 2, lane, 0, num_groups, below);
-    kept |= uint64_t{1} << expert_in(below);
-  }
-  return kept;
-}
-
-// Fills in the keys that the topk rounds compare.
-template <typename Row, typename Keys>
-__device__ void make_keys(const Row& row, SoftmaxRow<float> softmax, const float* selection_bias, int lane,
-                          const GateOptions& options, Keys& keys) {
-  const int num_experts = static_cast<int>(options.num_experts);
-  const bool grouped = options.topk_groups < options.num_groups;
-  // Without bias and groups the order of the scores is the order of the logits, where rounding makes no ties.
-  const bool by_logit = options.select_then_score || (!selection_bias && !grouped);
-#pragma unroll
-  for (int i = 0; i < row.count(); ++i) {
-    const int expert = lane + i * kWarpSize;
-    float value = row.logit(i);
-    if (!by_logit) {
-      value = options.score_function == ScoreFunction::kSoftmax ? softmax.probability(value)
-                                                                : elementwise_score(options.score_function, value);
-    }
-    if (selection_bias && expert < num_experts) value += selection_bias[expert];
-    keys[i] = row.allowed(i) ? key_of(value) : 0;
-  }
-  if (!grouped) return;
-  const int group_size = num_experts / static_cast<int>(options.num_groups);
-  const uint64_t kept = best_groups(keys, row.count(), lane, static_cast<int>(options.num_groups), group_size,
-                                    static_cast<int>(options.topk_groups));
-#pragma unroll
-  for (int i = 0; i < row.count(); ++i) {
-    const int expert = lane + i * kWarpSize;
-    if (expert < num_experts && !(kept >> (expert / group_size) & 1)) keys[i] = 0;
-    if (!selection_bias && keys[i] != 0) keys[i] = key_of(row.logit(i));
-  }
-}
-
-// A token's slots, spread over the lanes: slot j in lane j % 32.
-struct Slots {
-  int ids[kSlotsPerLane];
-  float logits[kSlotsPerLane];
-  float raw[kSlotsPerLane];  // weights before renormalisation and scale; 0 for slots without an expert
+// A token's slots in shared memory; slot j is read and written by lane j % lanes alone, but for what select_experts
+// writes.
+struct SlotMemory {
+  int* ids;
+  float* raw;  // weights before renormalisation and scale; 0 for slots without an expert
 };
 
-template <typename scalar_t>
-__device__ void load_slot_logits(Slots& slots, const scalar_t* row, int num_experts) {
-#pragma unroll
-  for (int i = 0; i < kSlotsPerLane; ++i) {
-    const int id = slots.ids[i];
-    slots.logits[i] = id >= 0 && id < num_experts ? static_cast<float>(row[id]) : 0.f;
-  }
+// Words of shared memory beside the keys of a token: its slots, before that the keys of its groups.
+int slot_words(const GateOptions& options) {
+  const int64_t groups = options.topk_groups < options.num_groups ? options.num_groups : 0;
+  return static_cast<int>(ceil_div(std::max(2 * options.topk, groups), 4) * 4);
 }
 
-__device__ float sum_slots(const float (&values)[kSlotsPerLane]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kSlotsPerLane; ++i) sum += values[i];
-  return warp_sum(sum);
+template <typename Layout>
+size_t shared_bytes(const GateOptions& options) {
+  return Layout::rows_per_block * (KeyRow<Layout>::words() + slot_words(options)) * sizeof(uint32_t);
 }
 
-// `softmax` is that of the whole row; with select_then_score it is replaced by the softmax over the slots.
-__device__ void raw_weights(Slots& slots, SoftmaxRow<float> softmax, const GateOptions& options) {
+// body(j) for the slots of this lane.
+template <typename Layout, typename Body>
+__device__ void for_slots(int topk, const Body& body) {
+  for (int j = Layout::lane(); j < topk; j += Layout::lanes) body(j);
+}
+
+// Fills in slots.raw and returns its sum. `softmax` is that of the whole row; with select_then_score the softmax runs
+// over the slots.
+template <typename Layout, typename scalar_t>
+__device__ float raw_weights(const SlotMemory& slots, const scalar_t* row, SoftmaxRow<float> softmax,
+                             const GateOptions& options) {
+  const int topk = static_cast<int>(options.topk);
   const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;
   if (is_softmax && options.select_then_score) {
     float largest = -INFINITY, sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) {
-      if (slots.ids[i] >= 0 && slots.logits[i] > largest) largest = slots.logits[i];
-    }
-    largest = warp_max(largest);
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) {
+    for_slots<Layout>(topk, [&](int j) {
+      if (slots.ids[j] >= 0) largest = fmaxf(largest, static_cast<float>(row[slots.ids[j]]));
+    });
+    largest = group_max<Layout::lanes>(largest);
+    for_slots<Layout>(topk, [&](int j) {
       // As in the whole row, a NaN logit makes its own weight NaN, no other.
-      if (slots.ids[i] >= 0 && slots.logits[i] == slots.logits[i]) sum += expf(slots.logits[i] - largest);
+      const float logit = slots.ids[j] >= 0 ? static_cast<float>(row[slots.ids[j]]) : NAN;
+      if (logit == logit) sum += expf(logit - largest);
+    });
+    softmax = {largest, group_sum<Layout::lanes>(sum)};
+  }
+  float total = 0.f;
+  for_slots<Layout>(topk, [&](int j) {
+    float raw = 0.f;
+    if (slots.ids[j] >= 0) {
+      const float logit = static_cast<float>(row[slots.ids[j]]);
+      raw = is_softmax ? softmax.probability(logit) : elementwise_score(options.score_function, logit);
     }
-    softmax = {largest, warp_sum(sum)};
-  }
-#pragma unroll
-  for (int i = 0; i < kSlotsPerLane; ++i) {
-    slots.raw[i] = slots.ids[i] < 0 ? 0.f
-                   : is_softmax     ? softmax.probability(slots.logits[i])
-                                    : elementwise_score(options.score_function, slots.logits[i]);
-  }
+    slots.raw[j] = raw;
+    total += raw;
+  });
+  return group_sum<Layout::lanes>(total);
 }
 
-template <typename scalar_t, int per_lane>
-__global__ void __launch_bounds__(kGateThreads)
+template <typename scalar_t, typename Layout>
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
     topk_gating_kernel(const scalar_t* __restrict__ logits, const float* __restrict__ selection_bias,
-                       const bool* __restrict__ expert_mask, uint32_t* __restrict__ workspace,
-                       float* __restrict__ topk_weights, int32_t* __restrict__ topk_ids, int64_t workspace_stride,
+                       const bool* __restrict__ expert_mask, uint32_t* workspace, float* __restrict__ topk_weights,
+                       int32_t* __restrict__ topk_ids, int64_t workspace_stride, int words_of_slots,
                        GateOptions options) {
-  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(options.num_experts);
-  const int topk = static_cast<int>(options.topk);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  LaneValues<uint32_t, per_lane> keys(workspace + first_token * workspace_stride, lane);
-  for (int64_t token = first_token; token < options.num_tokens; token += stride) {
+  using Quad = Vector<uint32_t, 4>;
+  MOE_DYNAMIC_SHARED(Quad, shared);
+  const int num_experts = static_cast<int>(options.num_experts), topk = static_cast<int>(options.topk);
+  const bool grouped = options.topk_groups < options.num_groups;
+  const bool needs_softmax = options.score_function == ScoreFunction::kSoftmax && !options.select_then_score;
+  // Without bias and groups the order of the scores is the order of the logits, where rounding makes no ties.
+  const bool by_logit = options.select_then_score || (!selection_bias && !grouped);
+  uint32_t* words =
+      reinterpret_cast<uint32_t*>(shared) + Layout::row_of_block() * (KeyRow<Layout>::words() + words_of_slots);
+  const KeyRow<Layout> keys(Layout::wide ? workspace + Layout::first_token() * workspace_stride : words, num_experts);
+  int* ids = reinterpret_cast<int*>(words + KeyRow<Layout>::words());
+  const SlotMemory slots{ids, reinterpret_cast<float*>(ids + topk)};
+  int64_t token = Layout::first_token();
+  if (token - Layout::row_of_warp() >= options.num_tokens) return;
+  do {
+    const bool inside = token < options.num_tokens;
     const scalar_t* source = logits + token * num_experts;
-    const WarpRow<scalar_t, per_lane> row(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr,
-                                          num_experts, lane);
-    const bool needs_softmax = options.score_function == ScoreFunction::kSoftmax && !options.select_then_score;
-    const SoftmaxRow<float> softmax = needs_softmax ? softmax_of(row) : SoftmaxRow<float>{0.f, 1.f};
-    make_keys(row, softmax, selection_bias, lane, options, keys);
-    Slots slots;
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) slots.ids[i] = -1;
-    uint64_t found = kAboveAll;
-    for (int j = 0; j < topk; ++j) {
-      found = best_below(keys, row.count(), lane, 0, num_experts, found);
-      if (found == 0) break;
-#pragma unroll
-      for (int i = 0; i < kSlotsPerLane; ++i) {
-        if (j == lane + i * kWarpSize) slots.ids[i] = expert_in(found);
-      }
-    }
-    load_slot_logits(slots, source, num_experts);
-    raw_weights(slots, softmax, options);
-    float factor = static_cast<float>(options.scale);
-    if (options.renormalize) {
-      const float sum = sum_slots(slots.raw) + static_cast<float>(options.renormalize_eps);
-      factor = sum == 0.f ? 0.f : factor / sum;
-    }
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) {
-      const int j = lane + i * kWarpSize;
-      if (j >= topk) continue;
-      topk_weights[token * topk + j] = slots.raw[i] * factor;
-      topk_ids[token * topk + j] = slots.ids[i];
-    }
-  }
-}
-
-template <typename scalar_t, int per_lane>
-__global__ void __launch_bounds__(kGateThreads)
-    topk_gating_backward_kernel(const float* __restrict__ grad_topk_weights, const scalar_t* __restrict__ logits,
-                                const int32_t* __restrict__ topk_ids, const bool* __restrict__ expert_mask,
-                                scalar_t* __restrict__ grad_logits, GateOptions options) {
-  const int lane = threadIdx.x % kWarpSize, num_experts = static_cast<int>(options.num_experts);
-  const int topk = static_cast<int>(options.topk);
-  const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kGateWarps;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * kGateWarps + threadIdx.x / kWarpSize;
-       token < options.num_tokens; token += stride) {
-    const scalar_t* source = logits + token * num_experts;
-    scalar_t* destination = grad_logits + token * num_experts;
-    const WarpRow<scalar_t, per_lane> row(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr,
-                                          num_experts, lane);
-    const bool whole_row = is_softmax && !options.select_then_score;
-    const SoftmaxRow<float> softmax = whole_row ? softmax_of(row) : SoftmaxRow<float>{0.f, 1.f};
-    Slots slots;
-    float grad[kSlotsPerLane];
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) {
-      const int j = lane + i * kWarpSize;
-      const int id = j < topk ? topk_ids[token * topk + j] : -1;
-      slots.ids[i] = id >= 0 && id < num_experts ? id : -1;
-      grad[i] = j < topk ? grad_topk_weights[token * topk + j] : 0.f;
-    }
-    load_slot_logits(slots, source, num_experts);
-    raw_weights(slots, softmax, options);
-    float sum = 1.f, shared = 0.f;
-    if (options.renormalize) {
-      float products[kSlotsPerLane];
-#pragma unroll
-      for (int i = 0; i < kSlotsPerLane; ++i) products[i] = grad[i] * slots.raw[i];
-      sum = sum_slots(slots.raw) + static_cast<float>(options.renormalize_eps);
-      shared = sum == 0.f ? 0.f : sum_slots(products) / sum;
-    }
-    // From here on grad is d loss / d raw weight.
-    float products[kSlotsPerLane];
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) {
-      grad[i] = sum == 0.f ? 0.f : static_cast<float>(options.scale) * (grad[i] - shared) / sum;
-      products[i] = grad[i] * slots.raw[i];
-    }
-    const float dot = is_softmax ? sum_slots(products) : 0.f;
-#pragma unroll
-    for (int i = 0; i < row.count(); ++i) {
-      const int expert = lane + i * kWarpSize;
-      if (expert >= num_experts) continue;
-      const float logit = row.logit(i);
-      // Where nothing was chosen the softmax may be over nothing: no gradient, and no 0 * NaN.
-      const bool spreads = whole_row && row.allowed(i) && logit == logit && dot != 0.f;
-      destination[expert] = static_cast<scalar_t>(spreads ? -dot * softmax.probability(logit) : 0.f);
-    }
-    __syncwarp();  // a slot's lane writes over what another lane has written
-#pragma unroll
-    for (int i = 0; i < kSlotsPerLane; ++i) {
-      if (slots.ids[i] < 0) continue;
-      const float gradient = is_softmax ? slots.raw[i] * (grad[i] - dot)
-                                        : grad[i] * elementwise_score_gradient(options.score_function, slots.logits[i]);
-      destination[slots.ids[i]] = static_cast<scalar_t>(gradient);
+    const ExpertRow<scalar_t, Layout> row(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr,
+                                          inside ? num_experts : 0);
+    const SoftmaxRow<float> softmax = needs_softmax ? softmax_of<Layout>(row) : SoftmaxRow<float>{0.f, 1.f};
+    const auto logit_key = [&](int i) -> uint32_t { return row.allowed(i) ? selection_key(row.logit(i)) : 0; };
+    if (by_logit && !selection_bias) {
+      keys.store(row, logit_key);
+    } else {
+      keys.store(row, [&](int i) -> uint32_t {
+        if (!row.allowed(i)) return 0;
+        float value = row.logit(i);
+        if (!by_logit) {
+          value = options.score_function == ScoreFunction::kSoftmax ? softmax.probability(value)
+                                                                    : elementwise_score(options.score_function, value);
+        }
+        if (selection_bias) value += selection_bias[Layout::expert(i, Layout::lane())];
+        return selection_key(value);
+      });
     }
     __syncwarp();
+    // Unbiased, groups are compared by their scores, and the experts inside them by their logits.
+    if (grouped) drop_groups(keys, row, reinterpret_cast<uint32_t*>(ids), options, !selection_bias, logit_key);
+    select_experts(keys, topk, slots.ids);
+    const float sum = raw_weights<Layout>(slots, source, softmax, options);
+    float factor = static_cast<float>(options.scale);
+    if (options.renormalize) {
+      const float denominator = sum + static_cast<float>(options.renormalize_eps);
+      factor = denominator == 0.f ? 0.f : divide(factor, denominator);
+    }
+    if (inside) {
+      for_slots<Layout>(topk, [&](int j) {
+        topk_weights[token * topk + j] = slots.raw[j] * factor;
+        topk_ids[token * topk + j] = slots.ids[j];
+      });
+    }
+    token += static_cast<int64_t>(gridDim.x) * Layout::rows_per_block;
+  } while (Layout::wide && token < options.num_tokens);
+}
+
+template <typename scalar_t, typename Layout>
+__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+    topk_gating_backward_kernel(const float* __restrict__ grad_topk_weights, const scalar_t* __restrict__ logits,
+                                const int32_t* __restrict__ topk_ids, const bool* __restrict__ expert_mask,
+                                scalar_t* __restrict__ grad_logits, int words_of_slots, GateOptions options) {
+  MOE_DYNAMIC_SHARED(int, slot_memory);
+  const int num_experts = static_cast<int>(options.num_experts), topk = static_cast<int>(options.topk);
+  const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;
+  const bool whole_row = is_softmax && !options.select_then_score;
+  int* ids = slot_memory + Layout::row_of_block() * words_of_slots;
+  const SlotMemory slots{ids, reinterpret_cast<float*>(ids + topk)};
+  const int64_t token = Layout::first_token();
+  if (token - Layout::row_of_warp() >= options.num_tokens) return;
+  const bool inside = token < options.num_tokens;
+  const int experts_here = inside ? num_experts : 0;
+  const scalar_t* source = logits + token * num_experts;
+  scalar_t* destination = grad_logits + token * num_experts;
+  ExpertRow<scalar_t, Layout> row(source, expert_mask ? expert_mask + token * options.mask_stride : nullptr,
+                                  experts_here);
+  const float* gradient = grad_topk_weights + token * topk;
+  for_slots<Layout>(topk, [&](int j) {
+    const int id = inside ? topk_ids[token * topk + j] : -1;
+    slots.ids[j] = id < num_experts ? id : -1;
+  });
+  const SoftmaxRow<float> softmax = whole_row ? softmax_of<Layout>(row) : SoftmaxRow<float>{0.f, 1.f};
+  const float sum = raw_weights<Layout>(slots, source, softmax, options);
+  float product = 0.f;
+  for_slots<Layout>(topk, [&](int j) {
+    if (inside) product += gradient[j] * slots.raw[j];
+  });
+  product = group_sum<Layout::lanes>(product);
+  // d loss / d raw weight of slot j is factor * (gradient[j] - shared).
+  float factor = static_cast<float>(options.scale), shared_gradient = 0.f;
+  if (options.renormalize) {
+    const float denominator = sum + static_cast<float>(options.renormalize_eps);
+    factor = denominator == 0.f ? 0.f : divide(factor, denominator);
+    shared_gradient = denominator == 0.f ? 0.f : divide(product, denominator);
   }
+  const float dot = is_softmax && factor != 0.f ? factor * (product - shared_gradient * sum) : 0.f;
+  // Where nothing was chosen the softmax may be over nothing: no gradient, and no 0 * NaN.
+  const bool spreads = whole_row && dot != 0.f;
+  const float slope = spreads ? divide(-dot, softmax.sum) : 0.f;
+  store_row<Layout>(destination, experts_here, [&](int i) {
+    const float logit = row.logit(i);
+    return spreads && row.allowed(i) && logit == logit ? slope * expf(logit - softmax.largest) : 0.f;
+  });
+  __syncwarp();  // a slot's lane writes over what another lane has written
+  for_slots<Layout>(topk, [&](int j) {
+    const int id = slots.ids[j];
+    if (id < 0) return;
+    const float grad = factor == 0.f ? 0.f : factor * (gradient[j] - shared_gradient);
+    const float value = is_softmax
+                            ? slots.raw[j] * (grad - dot)
+                            : grad * elementwise_score_gradient(options.score_function, static_cast<float>(source[id]));
+    destination[id] = static_cast<scalar_t>(value);
+  });
 }
 
 void check_limits(const GateOptions& options) {
@@ -290,18 +219,22 @@ std::tuple<Tensor, Tensor> topk_gating(const Tensor& logits, int64_t topk, const
   Tensor topk_ids = torch::stable::new_empty(logits, {options.num_tokens, topk}, ScalarType::Int);
   if (options.num_tokens == 0) return {topk_weights, topk_ids};
   const bool wide = options.num_experts > kMaxRegisterExperts;
-  const unsigned blocks = blocks_for_rows(options.num_tokens, wide ? kMaxWideBlocks : kMaxBlocks);
+  const unsigned wide_blocks =
+      static_cast<unsigned>(std::min(ceil_div(options.num_tokens, kGateWarps), kMaxWideBlocks));
   const int64_t workspace_stride = wide ? workspace_row(options.num_experts) : 0;
-  Tensor workspace = torch::stable::new_empty(logits, {blocks * kGateWarps * workspace_stride}, ScalarType::Int);
+  Tensor workspace = torch::stable::new_empty(logits, {wide_blocks * kGateWarps * workspace_stride}, ScalarType::Int);
   auto* keys = reinterpret_cast<uint32_t*>(workspace.mutable_data_ptr<int32_t>());
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    dispatch_experts(options.num_experts, [&](auto per_lane) {
-      launch_kernel(topk_gating_kernel<scalar_t, decltype(per_lane)::value>, blocks, kGateThreads, 0,
-                    current_stream(logits), source.const_data_ptr<scalar_t>(),
+    const bool aligned = rows_are_aligned<scalar_t>(options.num_experts, {source.const_data_ptr()});
+    dispatch_experts(options.num_experts, aligned, [&](auto layout) {
+      using Layout = decltype(layout);
+      launch_kernel(topk_gating_kernel<scalar_t, Layout>,
+                    Layout::wide ? wide_blocks : blocks_for_rows<Layout>(options.num_tokens), kGateThreads,
+                    shared_bytes<Layout>(options), current_stream(logits), source.const_data_ptr<scalar_t>(),
                     bias ? bias->const_data_ptr<float>() : nullptr, mask ? mask->const_data_ptr<bool>() : nullptr, keys,
                     topk_weights.mutable_data_ptr<float>(), topk_ids.mutable_data_ptr<int32_t>(), workspace_stride,
-                    options);
+                    slot_words(options), options);
     });
   });
   return {topk_weights, topk_ids};
@@ -322,12 +255,15 @@ Tensor topk_gating_backward(const Tensor& grad_topk_weights, const Tensor& logit
   if (options.num_tokens == 0) return grad_logits;
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    dispatch_experts(options.num_experts, [&](auto per_lane) {
-      launch_kernel(topk_gating_backward_kernel<scalar_t, decltype(per_lane)::value>,
-                    blocks_for_rows(options.num_tokens), kGateThreads, 0, current_stream(logits),
+    const bool aligned =
+        rows_are_aligned<scalar_t>(options.num_experts, {source.const_data_ptr(), grad_logits.const_data_ptr()});
+    dispatch_experts(options.num_experts, aligned, [&](auto layout) {
+      using Layout = decltype(layout);
+      launch_kernel(topk_gating_backward_kernel<scalar_t, Layout>, blocks_for_rows<Layout>(options.num_tokens),
+                    kGateThreads, Layout::rows_per_block * slot_words(options) * sizeof(int), current_stream(logits),
                     gradient.const_data_ptr<float>(), source.const_data_ptr<scalar_t>(),
                     chosen.const_data_ptr<int32_t>(), mask ? mask->const_data_ptr<bool>() : nullptr,
-                    grad_logits.mutable_data_ptr<scalar_t>(), options);
+                    grad_logits.mutable_data_ptr<scalar_t>(), slot_words(options), options);
     });
   });
   return grad_logits;

@@ -1,59 +1,62 @@
 // permute on CUDA.
-// Mapping: one warp per (token, segment of its row); a segment is kVectorsPerLane 16-byte vectors per lane, all loaded
-//   before the first store. The warp stores the segment to each of the token's topk rows. Further warps walk the
-//   permuted rows and zero the segments of padding and tail rows.
+// Mapping: one warp per token; a segment of its row is kVectorsPerLane 16-byte vectors per lane, all loaded before the
+//   first store, and stored to each of the token's topk rows. The lanes hold the row numbers, 32 slots at a time,
+//   loaded beside the first segment. Further warps look at kPaddingChunk permuted rows each and zero the empty ones.
 // Traffic: T*H + M*H elements (each token row read once, each permuted row written once) + 4*(M + T*topk) index bytes.
-// Bound: device memory.
+// In flight: 2 KiB of reads per warp, kResidentWarps or more per multiprocessor (at most 40 registers): 96 KiB, where
+//   HBM3 wants 3.35 TB/s * 700 ns / 132 = 18 KiB. Bound: device memory, mostly its writes.
 #include "permute.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "../common/cuda_launch.h"
+#include "padding_rows.h"
 
 namespace moe_ext::cuda {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
 constexpr int kVectorsPerLane = 4;
+constexpr int64_t kResidentWarps = 48;
 
 template <typename scalar_t, int width>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     permute_kernel(const scalar_t* __restrict__ input, const int32_t* __restrict__ permuted_to_slot,
                    const int32_t* __restrict__ slot_to_permuted, scalar_t* __restrict__ output, RowMaps maps,
-                   int64_t row_vectors, int64_t segments) {
+                   int64_t chunks, int64_t row_vectors, int segments) {
   using Packed = Vector<scalar_t, width>;
-  const auto* source = reinterpret_cast<const Packed*>(input);
+  constexpr int kSegment = kVectorsPerLane * kWarpSize;
   auto* destination = reinterpret_cast<Packed*>(output);
   const int lane = threadIdx.x % kWarpSize;
   const int64_t first_item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   const int64_t item_stride = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  for (int64_t item = first_item; item < (maps.num_tokens + maps.num_rows) * segments; item += item_stride) {
-    const int64_t row = item / segments;
-    const int64_t first_vector = item % segments * kVectorsPerLane * kWarpSize + lane;
-    if (row >= maps.num_tokens) {
-      const int64_t permuted_row = row - maps.num_tokens;
-      const int32_t slot = permuted_to_slot[permuted_row];
-      if (slot >= 0 && slot < maps.num_slots) continue;
-#pragma unroll
-      for (int v = 0; v < kVectorsPerLane; ++v) {
-        const int64_t column = first_vector + v * kWarpSize;
-        if (column < row_vectors) destination[permuted_row * row_vectors + column] = Packed{};
-      }
+  for (int64_t item = first_item; item < maps.num_tokens + chunks; item += item_stride) {
+    if (item >= maps.num_tokens) {
+      zero_padding_rows(permuted_to_slot, destination, maps, item - maps.num_tokens, row_vectors,
+                        static_cast<int64_t>(blockIdx.y) * kWarpSize + lane,
+                        static_cast<int64_t>(gridDim.y) * kWarpSize);
       continue;
     }
-    Packed segment[kVectorsPerLane];
+    const auto* source = reinterpret_cast<const Packed*>(input) + item * row_vectors;
+    for (int64_t first_slot = 0; first_slot < maps.topk; first_slot += kWarpSize) {
+      const int slots = static_cast<int>(min(maps.topk - first_slot, static_cast<int64_t>(kWarpSize)));
+      const int32_t lane_row = lane < slots ? slot_to_permuted[item * maps.topk + first_slot + lane] : -1;
+      for (int segment = blockIdx.y; segment < segments; segment += gridDim.y) {
+        const int64_t first_vector = static_cast<int64_t>(segment) * kSegment + lane;
+        Packed vectors[kVectorsPerLane];
 #pragma unroll
-    for (int v = 0; v < kVectorsPerLane; ++v) {
-      const int64_t column = first_vector + v * kWarpSize;
-      if (column < row_vectors) segment[v] = source[row * row_vectors + column];
-    }
-    for (int64_t j = 0; j < maps.topk; ++j) {
-      const int64_t permuted_row = slot_to_permuted[row * maps.topk + j];
-      if (permuted_row < 0 || permuted_row >= maps.num_rows) continue;
+        for (int v = 0; v < kVectorsPerLane; ++v) {
+          const int64_t column = first_vector + v * kWarpSize;
+          if (column < row_vectors) vectors[v] = load_once(source + column);
+        }
+        for (int j = 0; j < slots; ++j) {
+          const int32_t row = __shfl_sync(kFullMask, lane_row, j);
+          if (row < 0 || row >= maps.num_rows) continue;
+          Packed* target = destination + row * row_vectors + first_vector;
 #pragma unroll
-      for (int v = 0; v < kVectorsPerLane; ++v) {
-        const int64_t column = first_vector + v * kWarpSize;
-        if (column < row_vectors) destination[permuted_row * row_vectors + column] = segment[v];
+          for (int v = 0; v < kVectorsPerLane; ++v) {
+            if (first_vector + v * kWarpSize < row_vectors) target[v * kWarpSize] = vectors[v];
+          }
+        }
       }
     }
   }
@@ -62,15 +65,14 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
 template <typename scalar_t, int width>
 void launch(const Tensor& input, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, Tensor& output,
             const RowMaps& maps) {
-  const int64_t row_vectors = input.size(1) / width;
-  const int64_t segments = ceil_div(row_vectors, kVectorsPerLane * kWarpSize);
-  const int64_t items = (maps.num_tokens + maps.num_rows) * segments;
-  if (items == 0) return;
-  const auto blocks = static_cast<unsigned>(std::min(ceil_div(items, kWarpsPerBlock), kMaxBlocks));
-  launch_kernel(permute_kernel<scalar_t, width>, blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(input),
+  const int64_t chunks = padding_chunks(maps);
+  const RowGrid grid(input, maps.num_tokens + chunks, input.size(1) / width, kVectorsPerLane * kWarpSize,
+                     kWarpsPerBlock, kResidentWarps);
+  if (grid.empty()) return;
+  launch_kernel(permute_kernel<scalar_t, width>, grid.blocks, kWarpsPerBlock * kWarpSize, 0, current_stream(input),
                 input.const_data_ptr<scalar_t>(), permuted_to_slot.const_data_ptr<int32_t>(),
-                slot_to_permuted.const_data_ptr<int32_t>(), output.mutable_data_ptr<scalar_t>(), maps, row_vectors,
-                segments);
+                slot_to_permuted.const_data_ptr<int32_t>(), output.mutable_data_ptr<scalar_t>(), maps, chunks,
+                grid.row_vectors, grid.segments);
 }
 
 }  // namespace

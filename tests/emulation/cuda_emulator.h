@@ -132,6 +132,15 @@ unsigned __match_any_sync(unsigned mask, T value) {
   }
   return peers;
 }
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  const uint64_t* slots = moe_emulator::exchange_value(mask, value);
+  uint32_t best = 0;
+  for (int i = 0; i < moe_emulator::kWarpSize; ++i) {
+    const auto other = static_cast<uint32_t>(slots[i]);
+    if ((mask >> i & 1) && other > best) best = other;
+  }
+  return best;
+}
 inline int __syncthreads_or(int predicate) {
   static int any;
   if (moe_emulator::thread_index.x == 0) any = 0;
@@ -171,6 +180,12 @@ template <typename T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <typename T>
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
+// Blocks run one after the other.
+inline void __threadfence() {}
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;

@@ -46,7 +46,7 @@ def topk_gating(
 
     Args:
         logits: [num_tokens, num_experts] float32, bfloat16 or float16 (float64 on the CPU).
-        topk: experts per token, 1 to num_experts; up to 128 on CUDA.
+        topk: experts per token, 1 to num_experts; up to 1024 on CUDA.
         score_function: softmax over all allowed experts, or sigmoid, sqrt(softplus(x)), or the logit itself.
         score_order: ``score_then_select`` picks by the (biased) score. ``select_then_score`` picks by the (biased) raw
             logit; its softmax runs over the selected logits only. Without a bias and groups the order matters to the
@@ -56,7 +56,7 @@ def topk_gating(
             balancing, DeepSeek-V3).
         expert_mask: bool, [num_experts] or [num_tokens, num_experts], True where an expert may be picked; the others
             take no part in the softmax either.
-        num_groups: experts are this many equal, consecutive groups; up to 64 on CUDA.
+        num_groups: experts are this many equal, consecutive groups; up to 1024 on CUDA.
         topk_groups: only the best groups stay; a group's score is the sum of the two highest values that its experts
             are picked by (DeepSeek-V3; V2 took the maximum), ties to the lower group.
         renormalize: divide a token's weights by their sum plus ``renormalize_eps``; a sum of 0 gives weights 0.
