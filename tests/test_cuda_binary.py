@@ -17,7 +17,10 @@ import torch
 import moe_ext
 
 LIBRARY = Path(moe_ext.__file__).parent / "libmoe_ext_cuda.so"
-NUM_TENSOR_CORE_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h
+NUM_CUTLASS_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h, for each architecture
+# csrc/grouped_gemm/sm90/products.h: of 2 dtypes and 3 tiles, 2 layouts plain and under 3 activations, and 2 wgrads; of 2
+# dtypes, 2 layouts under the gradients of 3 activations.
+NUM_PRODUCTS = 2 * 3 * (2 + 3 * 2 + 2) + 2 * 2 * 3
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="moe_ext was built without CUDA")
 
@@ -40,17 +43,17 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def code_of_kernels(tmp_path_factory) -> dict[str, dict[str, str]]:
-    """Architecture -> mangled kernel name -> SASS, of the grouped GEMM kernels that CUTLASS made."""
+    """Architecture -> mangled kernel name -> SASS, of the tensor-core kernels."""
     folder = tmp_path_factory.mktemp("cubins")
     subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=folder, check=True, capture_output=True)
     code: dict[str, dict[str, str]] = {"sm_80": {}, "sm_90a": {}}
     for cubin in sorted(folder.glob("*.cubin")):
         arch = "sm_90a" if "sm_90a" in cubin.name else "sm_80"
-        if b"cutlass" not in cubin.read_bytes():
+        if not any(name in cubin.read_bytes() for name in (b"cutlass", b"product_kernel")):
             continue
         for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
             name = part.split(",", 1)[0]
-            if "cutlass" in name:
+            if "cutlass" in name or "product_kernel" in name:
                 code[arch][name] = part
     return code
 
@@ -70,14 +73,32 @@ def test_every_op_is_exported():
 
 
 @pytest.mark.parametrize(
-    "arch, instruction, kernels",
-    [("sm_90a", "HGMMA", 2 * NUM_TENSOR_CORE_KERNELS), ("sm_80", "HMMA", NUM_TENSOR_CORE_KERNELS)],
+    "arch, maker, instruction, kernels",
+    [
+        ("sm_90a", "product_kernel", "HGMMA", NUM_PRODUCTS),
+        ("sm_90a", "cutlass", "HGMMA", NUM_CUTLASS_KERNELS),
+        ("sm_80", "cutlass", "HMMA", NUM_CUTLASS_KERNELS),
+    ],
 )
-def test_tensor_cores_and_no_spills(arch, instruction, kernels, code_of_kernels):
-    assert len(code_of_kernels[arch]) == kernels
-    for name, sass in code_of_kernels[arch].items():
+def test_tensor_cores_and_no_spills(arch, maker, instruction, kernels, code_of_kernels):
+    code = {name: sass for name, sass in code_of_kernels[arch].items() if maker in name}
+    assert len(code) == kernels
+    for name, sass in code.items():
         assert re.search(rf"\b{instruction}\b", sass), f"{name}: no {instruction}"
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} spills to local memory"
+
+
+def test_products_keep_the_tensor_cores_busy(code_of_kernels):
+    """Four wgmmas between a fence and the wait, nothing that synchronises among them, so ptxas serialised none; loads by
+    TMA and cp.async."""
+    for name, sass in code_of_kernels["sm_90a"].items():
+        if "product_kernel" not in name:
+            continue
+        order = re.findall(r"\b(HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.SYNC|SYNCS|WARPSYNC)", sass)
+        start = order.index("WARPGROUP.ARRIVE")
+        assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
+        assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
+        assert "UTMALDG" in sass and "LDGSTS" in sass, name
 
 
 def test_no_driver_symbols():

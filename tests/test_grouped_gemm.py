@@ -102,9 +102,7 @@ def test_tensor_cores(shape, layout, dtype, device):
     wgrad = moe_ext.grouped_gemm_wgrad(
         case.input, case.grad, case.offsets, weight_layout=layout, out_dtype=torch.float32
     )
-    exact = reference.grouped_gemm_wgrad(
-        case.input.double(), case.grad.double(), case.offsets, weight_layout=layout
-    )
+    exact = reference.grouped_gemm_wgrad(case.input.double(), case.grad.double(), case.offsets, weight_layout=layout)
     assert relative_error(wgrad, exact) < 2e-6
 
 

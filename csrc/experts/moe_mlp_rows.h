@@ -35,9 +35,9 @@ struct MlpRowGradients {
   Tensor grad_topk_weights;    // [T, topk], or [0, topk] without topk_weights
 };
 
-// All tensors contiguous. mlp_rows_backward overwrites `grad_activated`, which holds dA', with s * A. down_bias_grad sums
-// s * dO[token] over the rows of each expert: [E, H].
-#define MOE_DECLARE_MLP_ROWS                                                         \
+// All tensors contiguous. mlp_rows_backward overwrites `grad_activated`, which holds dA', with s * A. down_bias_grad
+// sums s * dO[token] over the rows of each expert: [E, H].
+#define MOE_DECLARE_MLP_ROWS                                                     \
   MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated); \
   Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype);
 namespace cpu {
@@ -49,7 +49,7 @@ MOE_DECLARE_MLP_ROWS
 // none for these shapes and this device.
 std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows& rows, const Tensor& down_weight,
                                                        const std::string& layout);
-}
+}  // namespace cuda
 #undef MOE_DECLARE_MLP_ROWS
 
 }  // namespace moe_ext
