@@ -17,9 +17,12 @@ import torch
 import moe_ext
 
 LIBRARY = Path(moe_ext.__file__).parent / "libmoe_ext_cuda.so"
-NUM_TENSOR_CORE_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h
-# The grouped GEMM kernels with tensor cores: those that CUTLASS made, and those of csrc/grouped_gemm/small_rows.
-MARKS = ("cutlass", "small_rows_kernel")
+NUM_CUTLASS_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h, for each architecture
+# csrc/grouped_gemm/sm90/products.h: of 2 dtypes and 3 tiles, 2 layouts plain and under 3 activations, and 2 wgrads; of 2
+# dtypes, 2 layouts under the gradients of 3 activations.
+NUM_PRODUCTS = 2 * 3 * (2 + 3 * 2 + 2) + 2 * 2 * 3
+# The grouped GEMM kernels with tensor cores: of CUTLASS, of csrc/grouped_gemm/sm90 and of csrc/grouped_gemm/small_rows.
+MARKS = ("cutlass", "product_kernel", "small_rows_kernel")
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="moe_ext was built without CUDA")
 
@@ -73,11 +76,15 @@ def test_every_op_is_exported():
 
 
 @pytest.mark.parametrize(
-    "arch, instruction, kernels",
-    [("sm_90a", "HGMMA", 2 * NUM_TENSOR_CORE_KERNELS), ("sm_80", "HMMA", NUM_TENSOR_CORE_KERNELS)],
+    "arch, maker, instruction, kernels",
+    [
+        ("sm_90a", "product_kernel", "HGMMA", NUM_PRODUCTS),
+        ("sm_90a", "cutlass", "HGMMA", NUM_CUTLASS_KERNELS),
+        ("sm_80", "cutlass", "HMMA", NUM_CUTLASS_KERNELS),
+    ],
 )
-def test_tensor_cores_and_no_spills(arch, instruction, kernels, code_of_kernels):
-    code = {name: sass for name, sass in code_of_kernels[arch].items() if "cutlass" in name}
+def test_tensor_cores_and_no_spills(arch, maker, instruction, kernels, code_of_kernels):
+    code = {name: sass for name, sass in code_of_kernels[arch].items() if maker in name}
     assert len(code) == kernels
     for name, sass in code.items():
         assert re.search(rf"\b{instruction}\b", sass), f"{name}: no {instruction}"
@@ -96,6 +103,19 @@ def test_small_rows(arch, code_of_kernels):
         # In one step a thread asks for 8 vectors of weights and at least one of rows, 16 bytes each.
         assert len(re.findall(r"\bLDGSTS\.E\.BYPASS\.LTC128B\.128\b", sass)) >= 9, f"{name}: narrow copies"
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} spills to local memory"
+
+
+def test_products_keep_the_tensor_cores_busy(code_of_kernels):
+    """Four wgmmas between a fence and the wait, nothing that synchronises among them, so ptxas serialised none; loads by
+    TMA and cp.async."""
+    for name, sass in code_of_kernels["sm_90a"].items():
+        if "product_kernel" not in name:
+            continue
+        order = re.findall(r"\b(HGMMA|WARPGROUP\.ARRIVE|WARPGROUP\.DEPBAR|BAR\.SYNC|SYNCS|WARPSYNC)", sass)
+        start = order.index("WARPGROUP.ARRIVE")
+        assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
+        assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
+        assert "UTMALDG" in sass and "LDGSTS" in sass, name
 
 
 def test_no_driver_symbols():

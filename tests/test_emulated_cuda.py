@@ -1,7 +1,7 @@
 """The CUDA kernels, compiled for the CPU by tests/emulation, through the tests of their family.
 
-Covers every .cu file but the tensor-core ones (sm80/, sm90/). What it cannot show: races between blocks, alignment
-faults, anything about speed.
+Covers every .cu file and the sm_90a products, but not what CUTLASS makes. What it cannot show: races between blocks,
+alignment faults, anything about speed.
 """
 
 from __future__ import annotations
@@ -38,19 +38,42 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family(family, emulated_library):
-    environment = {
-        **os.environ,
-        "MOE_EXT_LIBRARY": str(emulated_library),
-        "MOE_EXT_SAMPLE": str(FAMILIES[family]),
-        "OMP_NUM_THREADS": "1",  # threads of one process would only wait for each other
-    }
+def run_tests(library: Path, *arguments: str, **environment: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not cpu", str(ROOT / f"tests/test_{family}.py")],
-        env=environment,
+        [sys.executable, "-m", "pytest", "-q", "-x", *arguments],
+        env={
+            **os.environ,
+            "MOE_EXT_LIBRARY": str(library),
+            "OMP_NUM_THREADS": "1",  # threads of one process would only wait for each other
+            **environment,
+        },
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     print(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family, emulated_library):
+    run_tests(
+        emulated_library, "-m", "not cpu", str(ROOT / f"tests/test_{family}.py"), MOE_EXT_SAMPLE=str(FAMILIES[family])
+    )
+
+
+@pytest.mark.parametrize("family", ["grouped_gemm", "experts"])
+def test_family_on_sm90(family, emulated_library):
+    """The same with the sm_90a products in the place of the portable kernels."""
+    run_tests(
+        emulated_library, "-m", "not cpu", str(ROOT / f"tests/test_{family}.py"), MOE_EXT_SAMPLE="5",
+        MOE_EMULATOR_CAPABILITY="90",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed, tile", enumerate(["128x256", "128x128", "64x256"]))
+def test_sm90_tiles(seed, tile, emulated_library):
+    """Every compiled tile on what only tensor cores see, threads and copies in another order each time."""
+    run_tests(
+        emulated_library, "-k", "tensor_cores or stay_with", str(ROOT / "tests/test_grouped_gemm.py"),
+        MOE_EXT_SAMPLE="3", MOE_EMULATOR_CAPABILITY="90", MOE_EXT_SM90_TILE=tile, MOE_EMULATOR_SEED=str(seed),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -194,3 +195,13 @@ def test_tile_choice(scheduler, monkeypatch):
         assert choose(8, 4096, 7168, 132) == name
     monkeypatch.setenv("MOE_EXT_SM90_TILE", "unknown")
     assert choose(8, 4096, 7168, 132) == "128x256"
+
+
+def test_tiles_are_those_that_cmake_compiles():
+    from moe_ext import _host
+
+    listed = (SOURCE.parent.parent / "cmake/GroupedGemmKernels.cmake").read_text()
+    compiled = re.search(r"foreach\(tile IN ITEMS ([\d, ]+)\)", listed)
+    tiles = [t for t in _host.sm90_tiles() if not t["name"].startswith("cutlass")]
+    assert compiled and compiled[1].split() == [f"{t['rows']},{t['columns']},{t['stages']}" for t in tiles]
+    assert all(t["name"] == f"{t['rows']}x{t['columns']}" for t in tiles)

@@ -1,8 +1,8 @@
 // moe_mlp and its backward as compositions; a backend's file instantiates them.
 //
 // A Backend has grouped_gemm, grouped_gemm_wgrad, grouped_bias_grad, permute, unpermute, mlp_rows_backward,
-// fused_mlp_rows_backward and down_bias_grad as static functions. Where the fused kernel runs, all products gather their
-// rows themselves; else rows are gathered once into memory for all that read them.
+// fused_mlp_rows_backward and down_bias_grad as static functions. Where the fused kernel runs, all products gather
+// their rows themselves; else rows are gathered once into memory for all that read them.
 #pragma once
 
 #include "../common/optional_tensor.h"
@@ -86,14 +86,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
       Backend::grouped_gemm_wgrad(input_rows.rows, row_gradients.grad_pre_activation, expert_offsets, weight_layout,
                                   input_rows.permuted_to_slot, input_rows.slot_to_permuted, topk, std::nullopt);
   const Tensor grad_input =
-      Backend::unpermute(grouped_gemm({row_gradients.grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight), slots,
-                         slot_to_permuted, std::nullopt, topk);
-  const Tensor grad_gate_up_bias = gate_up_bias
-                                       ? Backend::grouped_bias_grad(row_gradients.grad_pre_activation, expert_offsets, std::nullopt)
-                                       : torch::stable::new_empty(input, {0, shape.gate_up_width});
+      Backend::unpermute(grouped_gemm({row_gradients.grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight),
+                         slots, slot_to_permuted, std::nullopt, topk);
+  const Tensor grad_gate_up_bias =
+      gate_up_bias ? Backend::grouped_bias_grad(row_gradients.grad_pre_activation, expert_offsets, std::nullopt)
+                   : torch::stable::new_empty(input, {0, shape.gate_up_width});
   const Tensor grad_down_bias = down_bias ? Backend::down_bias_grad(mlp_rows, down_bias->scalar_type())
                                           : torch::stable::new_empty(input, {0, shape.hidden_size});
-  return {grad_input, grad_gate_up_weight, grad_down_weight, row_gradients.grad_topk_weights, grad_gate_up_bias, grad_down_bias};
+  return {grad_input,        grad_gate_up_weight, grad_down_weight, row_gradients.grad_topk_weights,
+          grad_gate_up_bias, grad_down_bias};
 }
 
 // Defines moe_mlp and moe_mlp_backward inside the namespace of a backend.

@@ -76,9 +76,19 @@ std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows& rows, cons
   const int64_t width = rows.activation.output_width(rows.pre_activation.size(1));
   const DeviceGuard guard(gradient.get_device_index());
   FusedGemmArgs args = {};
-  args.gemm = {nullptr, stored.weight.const_data_ptr(), nullptr, rows.expert_offsets.const_data_ptr<int32_t>(),
-               num_experts, maps.num_rows, width, hidden, stored.layout, gemm_dtype(gradient, "grad_output"), nullptr,
-               gradient.get_device_index(), current_stream(gradient)};
+  args.gemm = {nullptr,
+               stored.weight.const_data_ptr(),
+               nullptr,
+               rows.expert_offsets.const_data_ptr<int32_t>(),
+               num_experts,
+               maps.num_rows,
+               width,
+               hidden,
+               stored.layout,
+               gemm_dtype(gradient, "grad_output"),
+               nullptr,
+               gradient.get_device_index(),
+               current_stream(gradient)};
   args.gather = row_gather(gradient, rows.permuted_to_slot, maps);
   args.bias = rows.down_bias ? rows.down_bias->const_data_ptr() : nullptr;  // for its alignment
   args.mode = row_mode(rows.activation);

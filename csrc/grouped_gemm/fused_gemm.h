@@ -41,8 +41,8 @@ struct FusedGemmArgs {
   cuda::RowMode mode = cuda::RowMode::kPlain;
   cuda::DeviceActivation activation = {};
   void* activated = nullptr;
-  // With `differentiation.pre_activation`: the gradient of a product's activation instead, mode and activation as above,
-  // n the width of the activation's output; its rows are gathered. Nothing else is written.
+  // With `differentiation.pre_activation`: the gradient of a product's activation instead, mode and activation as
+  // above, n the width of the activation's output; its rows are gathered. Nothing else is written.
   Differentiation differentiation = {};
 };
 

@@ -16,10 +16,9 @@ int pick_tile(const FusedGemmArgs& args) {
   const GroupedGemmArgs& gemm = args.gemm;
   if (gemm.max_rows == 0 || gemm.n == 0 || gemm.k == 0 || (args.gather.source && args.gather.num_slots == 0)) return -1;
   const Differentiation& to = args.differentiation;
-  const bool aligned = fits_tensor_cores(
-      gemm.dtype, gemm.n, args.gather.source ? args.gather.width : gemm.k,
-      {gemm.input, args.gather.source, gemm.weight, gemm.output, args.bias, args.activated, to.pre_activation,
-       to.grad_pre_activation, to.scaled});
+  const bool aligned = fits_tensor_cores(gemm.dtype, gemm.n, args.gather.source ? args.gather.width : gemm.k,
+                                         {gemm.input, args.gather.source, gemm.weight, gemm.output, args.bias,
+                                          args.activated, to.pre_activation, to.grad_pre_activation, to.scaled});
   const bool activates = args.activation.kind != Activation::kNone && !to.pre_activation;
   const bool aligned_output = !activates || columns_of_output(args) % 8 == 0;
   if (!aligned || !aligned_output) return -1;

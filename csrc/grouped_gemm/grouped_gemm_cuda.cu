@@ -22,14 +22,22 @@ namespace {
 std::optional<std::tuple<Tensor, Tensor>> multiply_fused(const GroupedGemmShape& shape, const Tensor& input,
                                                          const StoredWeight& stored, const Tensor& offsets,
                                                          const std::optional<Tensor>& biases,
-                                                         const std::optional<Tensor>& slots,
-                                                         bool save_pre_activation) {
+                                                         const std::optional<Tensor>& slots, bool save_pre_activation) {
   const bool activates = shape.activation.kind != Activation::kNone;
   if (!activates && !biases && !slots) return {};
   FusedGemmArgs args = {};
-  args.gemm = {slots ? nullptr : input.const_data_ptr(), stored.weight.const_data_ptr(), nullptr,
-               offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows, shape.out_features,
-               shape.in_features, stored.layout, gemm_dtype(input, "input"), nullptr, input.get_device_index(),
+  args.gemm = {slots ? nullptr : input.const_data_ptr(),
+               stored.weight.const_data_ptr(),
+               nullptr,
+               offsets.const_data_ptr<int32_t>(),
+               shape.num_experts,
+               shape.num_rows,
+               shape.out_features,
+               shape.in_features,
+               stored.layout,
+               gemm_dtype(input, "input"),
+               nullptr,
+               input.get_device_index(),
                current_stream(input)};
   if (slots) args.gather = row_gather(input, *slots, *shape.gather);
   args.bias = biases ? biases->const_data_ptr() : nullptr;

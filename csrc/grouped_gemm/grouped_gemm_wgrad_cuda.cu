@@ -27,10 +27,20 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
       input,
       {shape.num_experts, enk ? shape.out_features : shape.in_features, enk ? shape.in_features : shape.out_features},
       shape.out_dtype);
-  GroupedWgradArgs args = {nullptr, gradient.const_data_ptr(), grad_weight.mutable_data_ptr(),
-                           offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows, shape.out_features,
-                           shape.in_features, shape.layout, dtype, shape.out_dtype == ScalarType::Float, nullptr,
-                           input.get_device_index(), current_stream(input)};
+  GroupedWgradArgs args = {nullptr,
+                           gradient.const_data_ptr(),
+                           grad_weight.mutable_data_ptr(),
+                           offsets.const_data_ptr<int32_t>(),
+                           shape.num_experts,
+                           shape.num_rows,
+                           shape.out_features,
+                           shape.in_features,
+                           shape.layout,
+                           dtype,
+                           shape.out_dtype == ScalarType::Float,
+                           nullptr,
+                           input.get_device_index(),
+                           current_stream(input)};
   if (shape.gather) {
     const Tensor slots = torch::stable::contiguous(*permuted_to_slot);
     const RowGather gather = row_gather(source, slots, *shape.gather);

@@ -19,11 +19,11 @@ struct TensorCoreProblem {
       declare(wgrad_bf16) declare(wgrad_fp16) declare(wgrad_bf16_fp32) declare(wgrad_fp16_fp32)
 
 // nullptr, or what went wrong.
-#define MOE_DECLARE(name)                            \
-  namespace sm90_cutlass {                           \
+#define MOE_DECLARE(name)                             \
+  namespace sm90_cutlass {                            \
   const char* name(const TensorCoreProblem& problem); \
-  }                                                  \
-  namespace sm80 {                                   \
+  }                                                   \
+  namespace sm80 {                                    \
   const char* name(const TensorCoreProblem& problem); \
   }
 MOE_TENSOR_CORE_KERNELS(MOE_DECLARE)

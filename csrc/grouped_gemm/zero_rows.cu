@@ -49,13 +49,11 @@ void zero_rows_of_no_expert(void* output, int64_t row_bytes, const GroupedGemmAr
   const unsigned blocks = multiprocessors * kZeroBlocksPerMultiprocessor;
   const bool aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(output) % 16 == 0;
   if (aligned) {
-    launch_kernel(zero_rows_of_no_expert_kernel<Word16>, blocks, kThreads, 0, args.stream,
-                  static_cast<Word16*>(output), args.expert_offsets, args.num_experts, args.max_rows,
-                  row_bytes / 16);
+    launch_kernel(zero_rows_of_no_expert_kernel<Word16>, blocks, kThreads, 0, args.stream, static_cast<Word16*>(output),
+                  args.expert_offsets, args.num_experts, args.max_rows, row_bytes / 16);
   } else {
     launch_kernel(zero_rows_of_no_expert_kernel<uint16_t>, blocks, kThreads, 0, args.stream,
-                  static_cast<uint16_t*>(output), args.expert_offsets, args.num_experts, args.max_rows,
-                  row_bytes / 2);
+                  static_cast<uint16_t*>(output), args.expert_offsets, args.num_experts, args.max_rows, row_bytes / 2);
   }
 }
 

@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "../grouped_gemm/tile_choice.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -18,9 +20,26 @@ py::dict build_info() {
   return info;
 }
 
+py::list sm90_tiles() {
+  py::list tiles;
+  for (const moe_ext::Sm90Tile& tile : moe_ext::kSm90Tiles) {
+    py::dict entry;
+    entry["name"] = tile.name;
+    entry["rows"] = tile.rows;
+    entry["columns"] = tile.columns;
+    entry["cluster"] = tile.cluster;
+    entry["stages"] = tile.stages;
+    tiles.append(entry);
+  }
+  return tiles;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side planners and build information of moe_ext.";
   m.def("build_info", &build_info, "What this build holds: version, CUDA architectures, torch and compiler.");
+  m.def("sm90_tiles", &sm90_tiles,
+        "The tiles of the sm_90a grouped GEMM that MOE_EXT_SM90_TILE can force: name, rows, columns, cluster, stages "
+        "(0: chosen by CUTLASS).");
 }

@@ -240,9 +240,7 @@ void wait_until(const std::function<bool()>& ready) {
 
 void deliver_later(std::function<void()> delivery) { block.in_flight.push_back(std::move(delivery)); }
 
-void on_block(std::function<void()> start, std::function<void()> end) {
-  hooks() = {std::move(start), std::move(end)};
-}
+void on_block(std::function<void()> start, std::function<void()> end) { hooks() = {std::move(start), std::move(end)}; }
 
 void sync_block() {
   block.current->at_barrier = true;

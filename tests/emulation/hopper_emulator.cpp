@@ -44,8 +44,8 @@ struct Wgmma {
 
   bool same_instruction(const Wgmma& other) const {
     return columns == other.columns && descriptor_a == other.descriptor_a && descriptor_b == other.descriptor_b &&
-           a_is_k_major == other.a_is_k_major && b_is_k_major == other.b_is_k_major &&
-           accumulate == other.accumulate && to_float == other.to_float;
+           a_is_k_major == other.a_is_k_major && b_is_k_major == other.b_is_k_major && accumulate == other.accumulate &&
+           to_float == other.to_float;
   }
 };
 
@@ -134,7 +134,8 @@ void for_each_chunk(const TensorMap& map, const char* shared, const int32_t* cor
       for (int x = 0; x < map.box[0]; x += chunk_elements) {
         const int64_t cx = int64_t{corner[0]} + x;
         const int64_t inside = std::clamp<int64_t>(map.sizes[0] - cx, 0, chunk_elements);
-        const char* source = map.data + cx * map.element_bytes + cy * map.strides[1] + (map.rank > 2 ? cz * map.strides[2] : 0);
+        const char* source =
+            map.data + cx * map.element_bytes + cy * map.strides[1] + (map.rank > 2 ? cz * map.strides[2] : 0);
         char* place = const_cast<char*>(shared) + swizzled(row, x * map.element_bytes);
         body(place, row_inside && inside > 0 ? source : nullptr, inside * map.element_bytes);
       }

@@ -1,11 +1,11 @@
 // The functions of csrc/grouped_gemm/sm90/hopper.h on the CPU.
 //
 // Asynchrony is modelled at its worst. A TMA load or cp.async poisons its destination when it is issued and delivers at
-// a random later time; a TMA store and a wgmma read shared memory, and a wgmma writes accumulators, only when the thread
-// waits for them. So a stage read too early or refilled too early gives NaN, and a wait that is missing gives stale
-// values. A wgmma decodes its descriptors bit by bit. What this thread wrote by ordinary stores or cp.async counts as
-// invisible to TMA and wgmma until fence_proxy_async. A barrier that overflows, copies that never end, lanes of a warp
-// that issue different wgmmas, and deadlocks end the process.
+// a random later time; a TMA store and a wgmma read shared memory, and a wgmma writes accumulators, only when the
+// thread waits for them. So a stage read too early or refilled too early gives NaN, and a wait that is missing gives
+// stale values. A wgmma decodes its descriptors bit by bit. What this thread wrote by ordinary stores or cp.async
+// counts as invisible to TMA and wgmma until fence_proxy_async. A barrier that overflows, copies that never end, lanes
+// of a warp that issue different wgmmas, and deadlocks end the process.
 #pragma once
 
 #include <cstdint>

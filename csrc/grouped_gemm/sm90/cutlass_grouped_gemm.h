@@ -27,7 +27,7 @@ using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
 
 // Two consumer warpgroups share one 128x256 tile: the highest rate where groups have many rows.
-struct CooperativeTile {
+struct Tile {
   using TileShape = cute::Shape<cute::_128, cute::_256, cute::_64>;
   using ClusterShape = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using MainloopSchedule = cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative;
@@ -41,15 +41,15 @@ struct GroupedKernel {
   static constexpr int kAlignmentD = 16 / sizeof(ElementD);
   // No source: C is void, beta is never read.
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename CooperativeTile::TileShape, typename CooperativeTile::ClusterShape,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tile::TileShape, typename Tile::ClusterShape,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor*, kAlignmentD, ElementD, RowMajor*,
-      kAlignmentD, typename CooperativeTile::EpilogueSchedule,
+      kAlignmentD, typename Tile::EpilogueSchedule,
       cutlass::epilogue::fusion::LinearCombination<ElementD, float, void, float>>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, LayoutA*, kAlignment, Element, LayoutB*, kAlignment,
-      float, typename CooperativeTile::TileShape, typename CooperativeTile::ClusterShape,
+      float, typename Tile::TileShape, typename Tile::ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      typename CooperativeTile::MainloopSchedule>::CollectiveOp;
+      typename Tile::MainloopSchedule>::CollectiveOp;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
       cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue>>;
 };

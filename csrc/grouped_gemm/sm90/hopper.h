@@ -104,8 +104,8 @@ __device__ inline void store_shared(void* shared, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "f"(first), "f"(second) : "memory");
 }
 __device__ inline void store_shared_16(void* shared, const Chunk& value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(value.words[0]), "r"(value.words[1]),
-               "r"(value.words[2]), "r"(value.words[3])
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(shared)), "r"(value.words[0]),
+               "r"(value.words[1]), "r"(value.words[2]), "r"(value.words[3])
                : "memory");
 }
 __device__ inline Chunk load_shared_16(const void* shared) {
@@ -156,10 +156,10 @@ __device__ inline void hold_registers(float (&accumulators)[count]) {
 
 template <typename Element, int columns, cute::SM90::GMMA::Major a, cute::SM90::GMMA::Major b>
 struct WgmmaInstruction;
-#define MOE_WGMMA(columns, element, name)                                                     \
-  template <cute::SM90::GMMA::Major a, cute::SM90::GMMA::Major b>                             \
-  struct WgmmaInstruction<element, columns, a, b> {                                           \
-    using type = cute::SM90::GMMA::MMA_64x##columns##x16_F32##name##name##_SS<a, b>;          \
+#define MOE_WGMMA(columns, element, name)                                            \
+  template <cute::SM90::GMMA::Major a, cute::SM90::GMMA::Major b>                    \
+  struct WgmmaInstruction<element, columns, a, b> {                                  \
+    using type = cute::SM90::GMMA::MMA_64x##columns##x16_F32##name##name##_SS<a, b>; \
   };
 MOE_WGMMA(256, BFloat16, BF16)
 MOE_WGMMA(128, BFloat16, BF16)

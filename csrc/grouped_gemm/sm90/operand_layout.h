@@ -1,8 +1,8 @@
 // How operands lie in shared memory and in wgmma's registers on sm_90a. Plain C++: kernels, the emulator and
 // tests/test_sm90_layouts.py, which holds it against CuTe's own layouts and descriptors, share it.
 //
-// Everything moves in rows of 128 bytes, swizzled: the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which is what
-// TMA's 128B swizzle does to buffers aligned to 1024 bytes. An operand of 16-bit elements is
+// Everything moves in rows of 128 bytes, swizzled: the 16-byte chunk c of row r lies at chunk c ^ (r % 8), which is
+// what TMA's 128B swizzle does to buffers aligned to 1024 bytes. An operand of 16-bit elements is
 //   K-major:  one such row per row of the matrix, 64 deep; 8 rows are an atom of 1024 bytes
 //   MN-major: per 64 rows of the matrix a block of 64 such rows, one for each step along the depth
 // so either way 64 rows of the matrix by 64 deep take 8 KiB, and 64 more rows lie 8 KiB further.
@@ -20,11 +20,11 @@ namespace moe_ext::sm90 {
 
 enum class Major { kK = 0, kMN = 1 };  // the values of wgmma's transpose bits
 
-constexpr int kBlockDepth = 64;                 // of a pipeline stage
-constexpr int kInstructionDepth = 16;           // of one wgmma
-constexpr int kRowBytes = 128;                  // of a row in shared memory, the reach of the swizzle
+constexpr int kBlockDepth = 64;        // of a pipeline stage
+constexpr int kInstructionDepth = 16;  // of one wgmma
+constexpr int kRowBytes = 128;         // of a row in shared memory, the reach of the swizzle
 constexpr int kRowChunks = kRowBytes / 16;
-constexpr int kBlockBytes = 64 * kRowBytes;     // 64 rows of a matrix, one stage deep
+constexpr int kBlockBytes = 64 * kRowBytes;       // 64 rows of a matrix, one stage deep
 constexpr int kMatrixRowBytes = kBlockDepth * 2;  // bytes that a stage holds per row of a matrix, whatever its major
 
 // What the swizzle moves as one.

@@ -46,8 +46,8 @@ __device__ float2 load_pair(const Element* pair) {
 // Accumulator columns first to first + 128 / sizeof(Output) of 64 rows into a buffer, with `bias` (of these columns, or
 // null; `columns` of it exist) added.
 template <typename Output, int count>
-__device__ void write_piece(char* buffer, const float (&accumulators)[count], int first, int thread,
-                            const Output* bias, int64_t columns) {
+__device__ void write_piece(char* buffer, const float (&accumulators)[count], int first, int thread, const Output* bias,
+                            int64_t columns) {
   const int row = thread / kWarpSize * 16 + thread % kWarpSize / 4;
 #pragma unroll
   for (int block = 0; block < kRowBytes / static_cast<int>(sizeof(Output)) / 8; ++block) {
@@ -153,8 +153,8 @@ __device__ Vector<Element, 8> packed(const float (&values)[8]) {
 }
 
 // Two buffers at a time hold D + bias, rounded as it is kept: 64 gates and their 64 ups (concatenated), or 128 columns.
-// From there it is stored, and activated 8 outputs at a time in registers. So the activation is a loop that exists once,
-// and sees the very values that the backward will see.
+// From there it is stored, and activated 8 outputs at a time in registers. So the activation is a loop that exists
+// once, and sees the very values that the backward will see.
 template <typename Config>
 __device__ void store_activated(const ProductArguments& arguments, const Work& work, const MathThread& self,
                                 Staging& staging, const float (&accumulators)[Config::kWarpgroupColumns / 2]) {
@@ -252,25 +252,29 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
   for (int first = 0; first < Config::kWarpgroupColumns; first += 64) {
     const int64_t column = work.column + first;
     if (column >= arguments.columns) break;
+    const int64_t vector = column / 8 + chunk;
+    cuda::GateUpVector<8> x[kChunks];  // on its way while the buffer is written
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (!held[i] || vector >= row_vectors) continue;
+      const int64_t m = row + first_row + i * kRowStride;
+      const auto* source = static_cast<const Packed*>(to.pre_activation) + m * row_vectors * kParts;
+      x[i] = cuda::load_gate_up<Config::kMode>(source, vector, row_vectors);
+    }
     char* buffer = staging.open();
     write_piece<Element>(buffer, accumulators, first, self.thread, nullptr, 0);
     staging.written();
-    const int64_t vector = column / 8 + chunk;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int row_in_piece = first_row + i * kRowStride;
       if (row_in_piece >= rows || vector >= row_vectors) continue;
       const int64_t m = row + row_in_piece;
-      auto* gradient = static_cast<Packed*>(to.grad_pre_activation) + m * row_vectors * kParts;
       float scaled[8] = {};
       cuda::GateUpVector<8> derivative = {};
       if (held[i]) {
         float grad[8], value[8];
         unpack<Element>(load_shared_16(buffer + swizzled(row_in_piece, chunk * 16)), grad);
-        const auto* source = static_cast<const Packed*>(to.pre_activation) + m * row_vectors * kParts;
-        cuda::evaluate<Config::kMode>(arguments.activation,
-                                      cuda::load_gate_up<Config::kMode>(source, vector, row_vectors), value,
-                                      derivative);
+        cuda::evaluate<Config::kMode>(arguments.activation, x[i], value, derivative);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           dot[i] += grad[e] * value[e];
@@ -280,6 +284,7 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
         }
       }
       static_cast<Packed*>(to.scaled)[m * row_vectors + vector] = packed<Element>(scaled);
+      auto* gradient = static_cast<Packed*>(to.grad_pre_activation) + m * row_vectors * kParts;
       cuda::store_gate_up<Config::kMode>(gradient, vector, row_vectors, derivative);
     }
     staging.close();

@@ -36,8 +36,8 @@ constexpr int kMathBarrier = 1, kFirstWarpgroupBarrier = 2;
 constexpr int kPieceRows = 64;  // what is stored at once: 64 rows of 128 bytes
 constexpr int kPieceBytes = kPieceRows * kRowBytes;
 
-template <typename Element_, typename Output_, Contraction contraction, Major b_major, int rows, int columns, int stages,
-          Finish finish = Finish::kStore, cuda::RowMode mode = cuda::RowMode::kPlain>
+template <typename Element_, typename Output_, Contraction contraction, Major b_major, int rows, int columns,
+          int stages, Finish finish = Finish::kStore, cuda::RowMode mode = cuda::RowMode::kPlain>
 struct ProductConfig {
   using Element = Element_;
   using Output = Output_;
@@ -126,8 +126,13 @@ struct WorkQueue {
 
   __device__ explicit WorkQueue(const ProductArguments& arguments)
       : arguments(arguments),
-        tiles{arguments.expert_offsets, arguments.num_experts, arguments.max_rows, Config::kRows,
-              ceil_div(arguments.columns, Config::kTileColumns), blockIdx.x, gridDim.x},
+        tiles{arguments.expert_offsets,
+              arguments.num_experts,
+              arguments.max_rows,
+              Config::kRows,
+              ceil_div(arguments.columns, Config::kTileColumns),
+              blockIdx.x,
+              gridDim.x},
         tile(blockIdx.x) {}
 
   __device__ bool next(Work* work) {
@@ -136,11 +141,10 @@ struct WorkQueue {
       const int64_t column_tiles = ceil_div(arguments.columns, Config::kColumns);
       const int64_t expert = tile / (row_tiles * column_tiles);
       if (expert >= arguments.num_experts) return false;
-      const TilePosition position =
-          banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
+      const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
       const RowRange range = rows_of_expert(arguments.expert_offsets, expert, arguments.max_rows);
-      *work = {expert,      position.row * Config::kRows, arguments.rows, position.column * Config::kColumns,
-               range.begin, range.end};
+      *work = {expert,   position.row * Config::kRows, arguments.rows, position.column * Config::kColumns, range.begin,
+               range.end};
       tile += gridDim.x;
     } else {
       GroupedRowTiles::Tile found;
@@ -238,7 +242,8 @@ struct MathThread {
 // accumulators = the product over work's depth. Keeps one group of wgmmas in flight while the next stage arrives.
 template <typename Config>
 __device__ void multiply(const Work& work, const SharedMemory<Config>& shared, const MathThread& self,
-                         RingPosition<Config::kStages>& position, float (&accumulators)[Config::kWarpgroupColumns / 2]) {
+                         RingPosition<Config::kStages>& position,
+                         float (&accumulators)[Config::kWarpgroupColumns / 2]) {
   const int steps = work.steps();
   const auto release = [&](int stage) {
     if (self.thread % kWarpSize == 0) barrier_arrive(&shared.empty[stage]);
@@ -254,10 +259,10 @@ __device__ void multiply(const Work& work, const SharedMemory<Config>& shared, c
                                 self.warpgroup * kWarpgroup + self.thread);
       }
     }
-    const uint64_t a = make_descriptor(
-        shared_address(shared.a(position.stage)) + self.first_row * kMatrixRowBytes, Config::kMajorA);
-    const uint64_t b = make_descriptor(
-        shared_address(shared.b(position.stage)) + self.first_column * kMatrixRowBytes, Config::kMajorB);
+    const uint64_t a =
+        make_descriptor(shared_address(shared.a(position.stage)) + self.first_row * kMatrixRowBytes, Config::kMajorA);
+    const uint64_t b = make_descriptor(shared_address(shared.b(position.stage)) + self.first_column * kMatrixRowBytes,
+                                       Config::kMajorB);
     hold_registers(accumulators);
     wgmma_fence();
 #pragma unroll
@@ -290,10 +295,12 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   const SharedMemory<Config> shared(memory);
   const bool gathers = arguments.gather.source != nullptr;
   if (threadIdx.x == 0) {
-    prefetch_map(arguments.a);
-    prefetch_map(arguments.b);
+    if (!gathers) {
+      prefetch_map(arguments.a);
+      prefetch_map(arguments.b);
+    }
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      // One thread announces the bytes of TMA; each of the producer announces its own copies.
+      // One thread announces the bytes of TMA; each of the producer's announces its own copies.
       barrier_init(&shared.full[stage], gathers ? 1 + kWarpgroup : 1);
       barrier_init(&shared.empty[stage], kMathThreads / kWarpSize);
     }

@@ -22,8 +22,7 @@ template <typename Config>
 const char* launch(const ProductArguments& arguments, int64_t tiles, int multiprocessors, cudaStream_t stream) {
   const auto kernel = product_kernel<Config>;
 #ifndef MOE_EXT_EMULATED
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{Config::kSharedBytes}));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{Config::kSharedBytes}));
 #endif
   launch_kernel(kernel, static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors)), kProductThreads,
                 Config::kSharedBytes, stream, arguments);
@@ -52,8 +51,9 @@ const char* launch_forward(const FusedGemmArgs& fused, int multiprocessors) {
     error = encode({{&arguments.a, {args.input, kType, 2, {k, m}, {1, k}, {kBlockDepth, Config::kBoxA}}}});
   }
   if (!error && args.output) {
-    error = encode({{&arguments.d,
-                     {args.output, kType, 3, {columns, n / columns, m}, {1, columns, n}, {kRowBytes / 2, 1, kPieceRows}}}});
+    error =
+        encode({{&arguments.d,
+                 {args.output, kType, 3, {columns, n / columns, m}, {1, columns, n}, {kRowBytes / 2, 1, kPieceRows}}}});
   }
   if (error) return error;
   arguments.expert_offsets = args.expert_offsets;
@@ -84,8 +84,12 @@ const char* launch_wgrad(const GroupedWgradArgs& args, const RowGather& gather, 
   arguments.gather = gather;
   arguments.gather.is_a = !enk;  // the input
   const char* error = encode({{&arguments.d,
-                               {args.grad_weight, map_type<typename Config::Output>(), 3, {columns, rows, e},
-                                {1, columns, rows * columns}, {kRowBytes / kOutputBytes, kPieceRows, 1}}}});
+                               {args.grad_weight,
+                                map_type<typename Config::Output>(),
+                                3,
+                                {columns, rows, e},
+                                {1, columns, rows * columns},
+                                {kRowBytes / kOutputBytes, kPieceRows, 1}}}});
   if (!error && (enk || !gather.source)) {
     error = encode({{&arguments.a, {a, kType, 2, {rows, m}, {1, rows}, {64, kBlockDepth}}}});
   }

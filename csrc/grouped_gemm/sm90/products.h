@@ -1,5 +1,5 @@
-// The compiled sm_90a products. cmake/GroupedGemmKernels.cmake writes the files that define these tables, one or two for
-// each dtype and tile; a table that stands here and not there does not link.
+// The compiled sm_90a products. cmake/GroupedGemmKernels.cmake writes the files that define these tables, one or two
+// for each dtype and tile; a table that stands here and not there does not link.
 #pragma once
 
 #include "../fused_gemm.h"
@@ -17,8 +17,8 @@ struct Products {
 // By RowMode, then WeightLayout.
 using FusedProducts = ForwardLaunch[3][2];
 
-#define MOE_DECLARE_TILE(tile)                                                 \
-  extern const Products products_bf16_##tile, products_fp16_##tile;            \
+#define MOE_DECLARE_TILE(tile)                                      \
+  extern const Products products_bf16_##tile, products_fp16_##tile; \
   extern const FusedProducts activated_bf16_##tile, activated_fp16_##tile;
 MOE_DECLARE_TILE(128x256)
 MOE_DECLARE_TILE(128x128)
