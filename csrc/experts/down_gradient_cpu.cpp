@@ -57,7 +57,7 @@ void DownGradient::run(const Matrix& grad_tokens, const Matrix& factor, const Ro
   multiply_tile({grad_tokens, factor}, tile, kernels_, [&](const TileSums& sums) {
     constexpr int64_t kStride = 2 * kMaxPanelCols;
     auto* block = reinterpret_cast<char*>(buffers.pre_activation);
-    const int64_t first = tile.col + sums.col, stride = width_ * element;
+    const int64_t first = sums.col, stride = width_ * element;
     // Where the panel's pre-activation lies: one piece, or gate and up apart.
     struct Piece {
       int64_t col, cols;
@@ -67,19 +67,21 @@ void DownGradient::run(const Matrix& grad_tokens, const Matrix& factor, const Ro
                             {width_ / 2 + first, sums.cols, block + kMaxPanelCols * unit}};
     const int num_pieces = gated && !interleaved ? 2 : 1;
     for (int i = 0; i < num_pieces; ++i) {
-      kernels_.widen(rows.pre_activation + tile.row * stride + pieces[i].col * element, stride, tile.rows,
+      kernels_.widen(rows.pre_activation + sums.row * stride + pieces[i].col * element, stride, sums.rows,
                      pieces[i].cols, pieces[i].block, kStride);
     }
     blocks_.differentiate(block, interleaved ? block + unit : pieces[1].block, kStride, sums.sums, sums.stride,
-                          tile.rows, sums.cols, buffers.weights, buffers.held,
-                          rows.dots + tile.row * rows.panels + first / kernels_.panel_cols, rows.panels, activation_);
+                          sums.rows, sums.cols,
+                          reinterpret_cast<const char*>(buffers.weights) + (sums.row - tile.row) * unit,
+                          buffers.held + (sums.row - tile.row),
+                          rows.dots + sums.row * rows.panels + first / kernels_.panel_cols, rows.panels, activation_);
     for (int i = 0; i < num_pieces; ++i) {
-      kernels_.finish(pieces[i].block, kStride, tile.rows, pieces[i].cols, nullptr,
-                      rows.grad_pre_activation + tile.row * stride + pieces[i].col * element, stride, false);
+      kernels_.finish(pieces[i].block, kStride, sums.rows, pieces[i].cols, nullptr,
+                      rows.grad_pre_activation + sums.row * stride + pieces[i].col * element, stride, false);
     }
     const int64_t output_stride = activation_.output_width(width_) * element;
-    kernels_.finish(sums.sums, sums.stride, tile.rows, sums.cols, nullptr,
-                    rows.activated + tile.row * output_stride + first * element, output_stride, false);
+    kernels_.finish(sums.sums, sums.stride, sums.rows, sums.cols, nullptr,
+                    rows.activated + sums.row * output_stride + first * element, output_stride, false);
   });
 }
 

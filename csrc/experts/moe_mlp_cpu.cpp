@@ -82,9 +82,8 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
     const Product product = {row_major(activated_rows, group.rows, inner), expert_factor(down, group.expert, layout)};
     const char* bias = added_out ? added_out + group.expert * hidden * size : nullptr;
     multiply_tile(product, tile, kernels, [&](const TileSums& sums) {
-      const int64_t col = tile.col + sums.col;
-      kernels.finish(sums.sums, sums.stride, tile.rows, sums.cols, bias ? bias + col * size : nullptr,
-                     out + ((group.begin + tile.row) * hidden + col) * size, hidden * size, false);
+      kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols, bias ? bias + sums.col * size : nullptr,
+                     out + ((group.begin + sums.row) * hidden + sums.col) * size, hidden * size, false);
     });
   });
   return {unpermute(rows, permuted_to_slot, slot_to_permuted, topk_weights, topk), pre_activation};

@@ -37,24 +37,24 @@ struct UpProjection {
     multiply_tile({tokens, factor, pair()}, tile, kernels, [&](const TileSums& sums) {
       for (char* half : {sums.sums, sums.pair}) {
         if (!half) continue;
-        const int64_t col = tile.col + sums.col + (half == sums.pair ? pair() : 0);
+        const int64_t col = sums.col + (half == sums.pair ? pair() : 0);
         if (bias) {
           double added[kMaxPanelCols];
           kernels.widen(bias + col * element, 0, 1, sums.cols, added, 0);
-          add_to_rows(half, sums.stride, tile.rows, sums.cols, added, is_double);
+          add_to_rows(half, sums.stride, sums.rows, sums.cols, added, is_double);
         }
         if (pre_activation) {
-          kernels.finish(half, sums.stride, tile.rows, sums.cols, nullptr,
-                         pre_activation + (tile.row * width + col) * element, width * element, false);
+          kernels.finish(half, sums.stride, sums.rows, sums.cols, nullptr,
+                         pre_activation + (sums.row * width + col) * element, width * element, false);
         }
       }
       const bool interleaved = activation.gated() && !sums.pair;
       const int64_t halves = interleaved ? 2 : 1, cols = sums.cols / halves;
       const char* up = interleaved ? sums.sums + kernels.unit_bytes : sums.pair;
-      blocks.activate(sums.sums, up, sums.stride, buffer, kMaxPanelCols, tile.rows, cols, activation);
-      const int64_t output_width = activation.output_width(width), col = (tile.col + sums.col) / halves;
-      kernels.finish(buffer, kMaxPanelCols, tile.rows, cols, nullptr,
-                     activated + (tile.row * output_width + col) * element, output_width * element, false);
+      blocks.activate(sums.sums, up, sums.stride, buffer, kMaxPanelCols, sums.rows, cols, activation);
+      const int64_t output_width = activation.output_width(width), col = sums.col / halves;
+      kernels.finish(buffer, kMaxPanelCols, sums.rows, cols, nullptr,
+                     activated + (sums.row * output_width + col) * element, output_width * element, false);
     });
   }
 };

@@ -34,10 +34,10 @@ void tiled_gemm(const std::vector<GemmProblem>& problems, ScalarType dtype, Scal
   queue.run(multiply_adds, [&](const TileQueue::Task& task) {
     const GemmProblem& p = problems[task.group];
     multiply_tile({p.left, p.right}, task.tile, kernels, [&](const TileSums& sums) {
-      const int64_t col = task.tile.col + sums.col, stride = p.right.cols * kernels.output_bytes;
-      kernels.finish(sums.sums, sums.stride, task.tile.rows, sums.cols,
-                     p.bias ? p.bias + col * kernels.element_bytes : nullptr,
-                     p.output + task.tile.row * stride + col * kernels.output_bytes, stride, stream);
+      const int64_t stride = p.right.cols * kernels.output_bytes;
+      kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols,
+                     p.bias ? p.bias + sums.col * kernels.element_bytes : nullptr,
+                     p.output + sums.row * stride + sums.col * kernels.output_bytes, stride, stream);
     });
   });
 }

@@ -45,7 +45,20 @@ void finish(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num
   for (int64_t row = 0; row < num_rows; ++row) {
     const Sum* from = static_cast<const Sum*>(sums) + row * sums_stride;
     char* to = output + row * output_stride_bytes;
-    for (int64_t col = 0; col < num_cols; col += kCount) {
+    int64_t col = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(typename Output::Element) == 2) {
+      // Two vectors fill a cache line, which then leaves without having been read.
+      const bool aligned = reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
+      for (; stream && aligned && !bias && col + 2 * kCount <= num_cols; col += 2 * kCount) {
+        alignas(64) char line[64];
+        Output::store(line, Simd<Sum>::load(from + col));
+        Output::store(line + 32, Simd<Sum>::load(from + col + kCount));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + col * kBytes), _mm512_load_si512(line));
+      }
+    }
+#endif
+    for (; col < num_cols; col += kCount) {
       const int64_t count = num_cols - col < kCount ? num_cols - col : kCount;
       alignas(64) char padded[MOE_VECTOR_BYTES] = {};
       if (count < kCount) copy_bytes(padded, reinterpret_cast<const char*>(from + col), count * sizeof(Sum));

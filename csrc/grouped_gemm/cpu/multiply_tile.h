@@ -31,10 +31,11 @@ struct Tile {
   int64_t col, cols;
 };
 
-// Finished sums of columns [col, col + cols) of a tile; `pair` are those of the same columns plus the product's pair.
+// Finished sums of rows [row, row + rows) and columns [col, col + cols) of a product; `pair` are those of the same
+// columns plus the product's pair.
 struct TileSums {
-  int64_t col;
-  int64_t cols;
+  int64_t row, rows;
+  int64_t col, cols;
   char* sums;
   char* pair;
   int64_t stride;  // elements between rows
@@ -46,7 +47,8 @@ struct Product {
   int64_t pair = 0;  // > 0: column c of the tile goes with column c + pair: gate and up
 };
 
-// Calls `finish` for every panel of the tile's columns, at most kernels.panel_cols wide. It may overwrite the sums.
+// Calls `finish` for every panel of the tile's columns, at most kernels.panel_cols wide, in one piece or in several of
+// fewer rows. It may overwrite the sums.
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
                    const std::function<void(const TileSums&)>& finish);
 

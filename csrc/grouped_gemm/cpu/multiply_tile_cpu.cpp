@@ -12,6 +12,7 @@
 namespace moe_ext::cpu {
 namespace {
 
+constexpr int64_t kHotRows = 28;  // two strips with AVX-512
 // Tiles are narrowed down to this while there are fewer than kTilesPerThread for each thread.
 constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kTilesPerThread = 8;
@@ -106,12 +107,21 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
         kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, panels.source(panel), cols);
         if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
       }
-      // One block needs no sums but those of the panel (and its partner) at hand.
-      char* sums = scratch.sums + (inner > step ? panel : panel % 2) * panel_bytes;
+      if (inner <= step && !product.pair) {
+        // One block: a few strips at a time, finished as they come, so that writing them overlaps with arithmetic.
+        for (int64_t row = 0; row < tile.rows; row += kHotRows) {
+          const int64_t rows = std::min(kHotRows, tile.rows - row);
+          kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, scratch.right, rows, depth,
+                           scratch.sums, true, row == 0 ? wanted : Fetch{});
+          finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
+        }
+        continue;
+      }
+      char* sums = scratch.sums + panel * panel_bytes;
       kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, wanted);
       if (last && panels.completes(panel)) {
-        char* first = product.pair ? sums - panel_bytes : sums;
-        finish({panels.col(panel), cols, first, product.pair ? sums : nullptr, kernels.panel_cols});
+        finish({tile.row, tile.rows, tile.col + panels.col(panel), cols, product.pair ? sums - panel_bytes : sums,
+                product.pair ? sums : nullptr, kernels.panel_cols});
       }
     }
   }
@@ -127,7 +137,8 @@ void multiply_few_rows(const Product& product, const Tile& tile, const GemmKerne
   const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width;
   const auto finish_panel = [&](int64_t panel) {
     const int64_t col = panels.col(panel);
-    finish({col, panels.cols(panel), sums_at(col), product.pair ? sums_at(pair_at + col) : nullptr, kTileCols});
+    finish({tile.row, tile.rows, tile.col + col, panels.cols(panel), sums_at(col),
+            product.pair ? sums_at(pair_at + col) : nullptr, kTileCols});
   };
   scratch.left_lines.clear(), scratch.right_lines.clear();
   add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
