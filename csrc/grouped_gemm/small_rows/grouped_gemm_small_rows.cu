@@ -375,6 +375,8 @@ __global__ void __launch_bounds__(warps* kWarpSize, warps == kManyItemsWarps ? k
   constexpr int kChunk = chunk_rows<T>();
   auto* chunk_starts = reinterpret_cast<int32_t*>(shared + kRingVectors * warps * kWarpSize);
   const auto* partial = reinterpret_cast<const float*>(shared);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   count_chunks<warps>(problem.expert_offsets, problem.num_experts, problem.max_rows, kChunk, chunk_starts);
   const int64_t items = chunk_starts[problem.num_experts] * problem.column_tiles;
   for (int64_t i = blockIdx.x; i < items; i += gridDim.x) {
@@ -438,6 +440,32 @@ int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
 #endif
 }
 
+// As launch_kernel. On sm_90 the kernel may be placed while the one before it ends: in decoding, where kernels take
+// microseconds, the two products of a layer follow each other without a gap.
+template <typename Parameter>
+void launch_overlapped(void (*kernel)(Parameter), unsigned blocks, int threads, size_t shared_bytes,
+                       cudaStream_t stream, const Parameter& parameter) {
+#ifndef MOE_EXT_EMULATED
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  if (attributes.ptxVersion >= 90) {  // code for sm_80 does not wait, whatever it runs on
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, parameter));
+    return;
+  }
+#endif
+  launch_kernel(kernel, blocks, threads, shared_bytes, stream, parameter);
+}
+
 size_t shared_bytes_of(int warps, int num_experts) {
   return kRingVectors * warps * kWarpSize * sizeof(Word16) + (num_experts + 1) * sizeof(int32_t);
 }
@@ -448,7 +476,7 @@ void launch(const Problem<T>& problem, int64_t items, const Machine& machine, cu
   const auto kernel = small_rows_kernel<T, layout, warps>;
   const size_t shared_bytes = shared_bytes_of(warps, problem.num_experts);
   const int64_t resident = int64_t{machine.multiprocessors} * resident_blocks(kernel, kThreads, shared_bytes);
-  launch_kernel(kernel, static_cast<unsigned>(std::min(items, resident)), kThreads, shared_bytes, stream, problem);
+  launch_overlapped(kernel, static_cast<unsigned>(std::min(items, resident)), kThreads, shared_bytes, stream, problem);
 }
 
 template <typename T, WeightLayout layout>
