@@ -1,11 +1,11 @@
 // Grouped GEMM for few rows per expert: decoding.
-// Mapping: an item is (expert, chunk of 8 to 32 rows, 64 columns); blocks loop over items (item_schedule.h). The warps
-// of
-//   a block take steps of 64 bytes along k in turn, each with its own sums for all 64 columns, which meet in shared
-//   memory in warp order: deterministic. The weights are the 16-row operand of mma.sync, 8 rows of input its columns.
-//   No operand is shared between threads: which k a fragment register holds is free as long as both operands agree, so
-//   member m of a lane group takes the m-th 16-byte vector of the step, and a thread copies (cp.async) exactly what it
-//   will multiply. A ring of such copies per thread needs no barrier. fp32 multiplies by FMA.
+// Mapping: an item is (expert, chunk of up to 32 rows, in fp32 8, 64 columns); blocks loop over items as
+//   item_schedule.h says. The warps of a block take steps of 64 bytes along k in turn, each with its own sums for all
+//   64 columns, which meet in shared memory in warp order: deterministic. The weights are the 16-row operand of
+//   mma.sync, 8 input rows the columns. No operand is shared between threads: which k a fragment register holds is free
+//   as long as both operands agree, so member m of a lane group takes the m-th 16-byte vector of the step, and a thread
+//   copies (cp.async) exactly what it will multiply. A ring of such copies per thread needs no barrier. fp32 multiplies
+//   by FMA.
 //     enk: a weight vector is 8 values of k of one column, a fragment register is 32 bits of it.
 //     ekn: it is 8 columns at one k; pairs of vectors are interleaved, 4 byte permutes each.
 // Traffic: weights of used experts once per chunk of rows (from L2 after the first), input rows once per column tile
@@ -29,7 +29,7 @@ using cuda::RowMode;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWeightVectors = 8;                                  // per thread and step
-constexpr int kRingVectors = 32;                                   // per thread: weights and input of all stages
+constexpr int kRingVectors = 36;                                   // per thread: weights and input of all stages
 constexpr int kRowTile = 8;                                        // rows of input in one mma.sync
 constexpr int kRowTileSums = kTileColumns * kRowTile / kWarpSize;  // per thread
 constexpr int kFewItemsWarps = 8, kManyItemsWarps = 4;
