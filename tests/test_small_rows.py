@@ -24,6 +24,8 @@ SHAPES = [
     (1, 136, 40, 4, 1),  # fewer items than multiprocessors
     (1, 64, 200, 8, 2),
     (2, 40, 24, 256, 8),  # most experts empty
+    (3, 16, 24, 1000, 4),  # several experts per thread of the scan
+    (3, 16, 24, 1025, 4),  # too many for it: another kernel
     (3, 712, 72, 4, 2),  # longer than the ring of copies, not a multiple of a step
     (7, 8, 8, 16, 3),  # less than one step
     (16, 104, 136, 12, 6),
