@@ -102,6 +102,8 @@ def test_small_rows(arch, code_of_kernels):
         assert (product == "HMMA") == bool(re.search(r"\bHMMA\b", sass)), f"{name}: fp32 on tensor cores"
         # In one step a thread asks for 8 vectors of weights and at least one of rows, 16 bytes each.
         assert len(re.findall(r"\bLDGSTS\.E\.BYPASS\.LTC128B\.128\b", sass)) >= 9, f"{name}: narrow copies"
+        # griddepcontrol.wait: such a kernel is launched before the one ahead of it has ended.
+        assert (arch == "sm_90a") == bool(re.search(r"\bACQBULK\b", sass)), f"{name}: no wait for the previous kernel"
         assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} spills to local memory"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ SHAPES = [
     (1, 136, 40, 4, 1),  # fewer items than multiprocessors
     (1, 64, 200, 8, 2),
     (2, 40, 24, 256, 8),  # most experts empty
+    (3, 16, 24, 1000, 4),  # several experts per thread of the scan
+    (3, 16, 24, 1025, 4),  # too many for it: another kernel
     (3, 712, 72, 4, 2),  # longer than the ring of copies, not a multiple of a step
     (7, 8, 8, 16, 3),  # less than one step
     (16, 104, 136, 12, 6),
@@ -134,6 +138,24 @@ def test_what_is_not_used_is_not_read(layout, dtype, device):
     weight[0] = rows[:2] = rows[7:] = float("nan")
     found = moe_ext.grouped_gemm(rows, weight, offsets, weight_layout="enk")
     assert torch.equal(found, clean) and (found[:2] == 0).all() and (found[7:] == 0).all()
+
+
+@pytest.mark.skipif("emulated" not in os.environ.get("MOE_EXT_LIBRARY", ""), reason="counts what the emulator copies")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_weights_are_read_once(activation, layout, dtype, device):
+    """Every weight of a used expert once, every row once per tile of 64 columns, nothing else."""
+    copied_bytes = ctypes.CDLL(os.environ["MOE_EXT_LIBRARY"]).moe_emulator_copied_bytes
+    copied_bytes.restype = ctypes.c_uint64
+    for shape in ((1, 136, 40, 4, 1), (5, 72, 136, 64, 2), (8, 712, 24, 3, 1)):
+        case = Case(shape, "dropped", dtype=dtype, device=device, layout=layout, gather=True, activation=activation)
+        before = copied_bytes()
+        case.forward(moe_ext)(*case.args)
+        used, rows = int((case.offsets.diff() > 0).sum()), int(case.offsets[-1])
+        tiles = -(-(2 if activation == "swiglu" else 1) * shape[2] // 64)
+        values = used * case.weight[0].numel() + rows * shape[1] * tiles
+        assert copied_bytes() - before == values * case.input.element_size()
 
 
 def with_offsets(module, offsets: list[int], device: str) -> Tensor:

@@ -131,6 +131,7 @@ Hooks& hooks() {
   static Hooks registered;
   return registered;
 }
+uint64_t copied_bytes = 0;
 std::mutex one_grid_at_a_time;
 
 void yield() { Context::switch_to(block.current->context, block.scheduler); }
@@ -273,6 +274,7 @@ void copy_async(void* destination, const void* source, size_t bytes, bool inside
   const auto misaligned = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; };
   if (misaligned(destination) || (inside && misaligned(source))) fail("a misaligned cp.async");
   std::memset(destination, kPoison, bytes);
+  copied_bytes += inside ? bytes : 0;
   block.current->copies.push_back({destination, source, bytes, inside, block.current->copy_group});
 }
 
@@ -290,5 +292,7 @@ void wait_for_copies(int pending) {
     self.copies.pop_front();
   }
 }
+
+uint64_t moe_emulator_copied_bytes() { return copied_bytes; }
 
 }  // namespace moe_emulator

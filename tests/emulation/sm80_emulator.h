@@ -10,6 +10,8 @@ namespace moe_emulator {
 void copy_async(void* destination, const void* source, size_t bytes, bool inside);
 void commit_copies();
 void wait_for_copies(int pending);
+// Bytes that cp.async has read since the library was loaded; for tests, through ctypes.
+extern "C" __attribute__((visibility("default"))) uint64_t moe_emulator_copied_bytes();
 
 // mma.sync.m16n8k16 with 16-bit factors and fp32 sums; all lanes of the warp must come.
 template <typename T>

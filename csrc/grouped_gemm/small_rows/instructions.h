@@ -1,5 +1,5 @@
-// The instructions of sm_80 behind the small-rows kernel: mma.sync and cp.async. Compiled for the CPU, they are the
-// functions of tests/emulation/sm80_emulator.h.
+// The instructions behind the small-rows kernel: mma.sync and cp.async of sm_80, griddepcontrol of sm_90. Compiled for
+// the CPU, the first two are the functions of tests/emulation/sm80_emulator.h.
 #pragma once
 
 #include "../../common/cuda_launch.h"
@@ -67,6 +67,21 @@ __device__ void wait_for_copies() {
   moe_emulator::wait_for_copies(pending);
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// A kernel launched with programmatic stream serialization starts before the one ahead of it in the stream has ended:
+// nothing that another kernel writes may be read, and nothing written, before this returns.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel, if it waits in this way, be placed wherever there is room.
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
