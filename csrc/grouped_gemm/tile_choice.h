@@ -1,7 +1,8 @@
 // The compiled sm_90a configurations, and which one runs, from shapes alone (the group sizes are on the device). Plain
 // C++, tested on the CPU.
 //
-// MOE_EXT_SM90_TILE=<name> forces a row of the table for every product, for sweeps; read at each launch.
+// MOE_EXT_SM90_TILE=<name> forces a row of the table for every product, those of few rows (small_rows/) too, for sweeps;
+// read at each launch.
 #pragma once
 
 #include <cstdint>
@@ -36,13 +37,18 @@ inline int64_t modelled_time(const Sm90Tile& tile, int64_t groups, int64_t rows,
   return waves * tile.rows * tile.columns * 100 / tile.rate_percent;
 }
 
+// A row of kSm90Tiles, -1 for none.
+inline int forced_sm90_tile() {
+  const char* forced = std::getenv("MOE_EXT_SM90_TILE");
+  for (int i = 0; forced && i < kNumSm90Tiles; ++i) {
+    if (std::strcmp(forced, kSm90Tiles[i].name) == 0) return i;
+  }
+  return -1;
+}
+
 // A row of kSm90Tiles.
 inline int choose_sm90_tile(int64_t groups, int64_t rows, int64_t columns, int64_t multiprocessors) {
-  if (const char* forced = std::getenv("MOE_EXT_SM90_TILE")) {
-    for (int i = 0; i < kNumSm90Tiles; ++i) {
-      if (std::strcmp(forced, kSm90Tiles[i].name) == 0) return i;
-    }
-  }
+  if (const int forced = forced_sm90_tile(); forced >= 0) return forced;
   int best = 0;
   for (int i = 1; i < kNumSm90Tiles; ++i) {
     if (kSm90Tiles[i].rate_percent > 0 && modelled_time(kSm90Tiles[i], groups, rows, columns, multiprocessors) <

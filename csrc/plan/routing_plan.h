@@ -6,6 +6,7 @@
 
 #include "../common/checks.h"
 #include "../common/ordered_key.h"
+#include "plan_partition.h"
 
 namespace moe_ext {
 
@@ -44,10 +45,6 @@ inline PlanShape check_routing_plan(const Tensor& topk_ids, int64_t num_experts,
   check_fits_int32(shape.num_slots, "num_tokens * topk");
   check_fits_int32(shape.num_rows, "rows of the plan");
   return shape;
-}
-
-MOE_HOST_DEVICE inline int64_t round_up(int64_t rows, int64_t alignment) {
-  return (rows + alignment - 1) / alignment * alignment;
 }
 
 #define MOE_DECLARE_ROUTING_PLAN                                                    \

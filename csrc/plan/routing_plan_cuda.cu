@@ -1,14 +1,17 @@
 // routing_plan on CUDA: a stable counting sort, no host sync, integers only. Sizes depend on shapes alone.
-//
-// Slots are cut into blocks of consecutive slots, a block's slots into warps of consecutive slots.
-//   small (one launch): a single block counts, scans and scatters.
-//   large: count_kernel   block_counts[B, E], shared-memory histograms
-//          offsets_kernel one block: scan over B for every expert, then over E: expert_offsets, block_counts -> bases
-//          scatter_kernel every warp walks its slots 32 at a time; __match_any_sync gives the rank among equal experts
+// plan_partition.h cuts slots into blocks of consecutive slots, a block's slots into warps of consecutive slots.
+//   up to kOneBlockSlots: one launch, scatter_kernel with a single block
+//   above: count_kernel   block_counts[B, E], a shared-memory histogram per block
+//          scatter_kernel every block counts its slots by warp, adds up the counts of all blocks and of those before
+//          it,
+//                         scans over experts, and walks its slots 32 at a time; __match_any_sync gives the rank among
+//                         equal experts. It also writes its part of the rows that stay empty.
 //   with drop_scores the scatter writes slots uncapped into a scratch list, and
 //          select_kernel  one block per expert: radix select of the capacity-th score, stable compaction
-// Traffic: ids read twice (once if small), 4 bytes written per slot and per row, 4*B*E bytes of counts read and written
-//   twice, B <= kMaxPlanBlocks. Bound: launch latency for small T, memory for large.
+// No block waits for another: a look-back would save the second launch, and deadlock where plans on several streams
+// share the machine.
+// Traffic: ids read three times (twice if small), from L2 after the first, 4 bytes written per slot and per row, 4*B*E
+//   bytes of counts written, and read by every block, from L2. Bound: two launches for few slots, memory for many.
 #include "routing_plan.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,12 +21,8 @@
 namespace moe_ext::cuda {
 namespace {
 
-constexpr int kThreads = kSelectThreads;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kSharedCounters = 12000;  // warps * E counters; with the scan's own words under 48 KiB of shared memory
-constexpr int64_t kSmallSlots = 16 * 1024;
-constexpr int64_t kSlotsPerBlock = 2048;
-constexpr int64_t kMaxPlanBlocks = 256;
+static_assert(kPlanThreads == kSelectThreads && kPlanLanes == kWarpSize);
+constexpr int kIdsPerLoad = 4;
 
 struct PlanOutputs {
   int32_t* expert_offsets;
@@ -32,202 +31,174 @@ struct PlanOutputs {
   int32_t* slot_to_permuted;
 };
 
-// From counts to tokens_per_expert and expert_offsets; `counts(e)` are uncapped. One block; all threads must call.
-template <typename Counts>
-__device__ void write_offsets(const Counts& counts, const PlanShape& shape, const PlanOutputs& out) {
-  const int num_experts = static_cast<int>(shape.num_experts);
-  int start = 0;
-  for (int first = 0; first < num_experts; first += kThreads) {
-    const int expert = first + threadIdx.x;
-    int kept = 0;
-    if (expert < num_experts) {
-      kept = static_cast<int>(min(static_cast<int64_t>(counts(expert)), shape.capacity));
-      out.tokens_per_expert[expert] = kept;
-    }
-    int total;
-    const int before = block_exclusive_scan(static_cast<int>(round_up(kept, shape.row_alignment)), &total);
-    if (expert < num_experts) out.expert_offsets[expert] = start + before;
-    start += total;
-  }
-  if (threadIdx.x == 0) out.expert_offsets[num_experts] = start;
-}
-
-// Counters per warp in shared memory: counters[w * E + e]. Warps past `counting_warps` have none and only help
-// elsewhere.
-__host__ __device__ int counting_warps(int64_t num_experts) {
-  const int64_t fitting = kSharedCounters / num_experts;
-  return static_cast<int>(fitting < 1 ? 1 : fitting > kWarps ? kWarps : fitting);
-}
-
-struct Range {
-  int64_t begin, end;
-};
-
-// The slots of one warp inside the block's range, a multiple of the warp size but for the last.
-__device__ Range warp_range(Range block, int warps, int warp) {
-  const int64_t per_warp = ceil_div(ceil_div(block.end - block.begin, warps), kWarpSize) * kWarpSize;
-  const int64_t begin = min(block.begin + warp * per_warp, block.end);
-  return {begin, min(begin + per_warp, block.end)};
-}
-
 template <typename index_t>
-__device__ int expert_of(const index_t* ids, int64_t slot, int64_t num_experts) {
-  const index_t id = ids[slot];
+__device__ int expert_of(index_t id, int64_t num_experts) {
   return id >= 0 && id < num_experts ? static_cast<int>(id) : -1;
 }
 
-// Each warp's histogram of its own slots. Ends with a barrier.
+// Adds the slots of a warp's range to its counters.
 template <typename index_t>
-__device__ void count_slots(const index_t* ids, Range block, int num_experts, int* counters) {
-  const int warps = counting_warps(num_experts), warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  for (int i = threadIdx.x; i < warps * num_experts; i += kThreads) counters[i] = 0;
-  __syncthreads();
-  if (warp < warps) {
-    const Range range = warp_range(block, warps, warp);
-    for (int64_t slot = range.begin + lane; slot < range.end; slot += kWarpSize) {
-      const int expert = expert_of(ids, slot, num_experts);
-      if (expert >= 0) atomicAdd(&counters[warp * num_experts + expert], 1);
+__device__ void count_slots(const index_t* ids, SlotRange range, int num_experts, int* counters) {
+  using Ids = Vector<index_t, kIdsPerLoad>;
+  const bool aligned = reinterpret_cast<uintptr_t>(ids) % sizeof(Ids) == 0;  // ranges begin at multiples of 32
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 2
+  for (int64_t first = range.begin + lane * kIdsPerLoad; first < range.end; first += kWarpSize * kIdsPerLoad) {
+    Ids loaded;
+    if (aligned && first + kIdsPerLoad <= range.end) {
+      loaded = *reinterpret_cast<const Ids*>(ids + first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kIdsPerLoad; ++i) loaded.values[i] = first + i < range.end ? ids[first + i] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kIdsPerLoad; ++i) {
+      const int expert = expert_of(loaded.values[i], num_experts);
+      if (expert >= 0) atomicAdd(&counters[expert], 1);
     }
   }
-  __syncthreads();
-}
-
-// counters[w, e] becomes base(e) + the counts of the warps before w: the warp's next rank in expert e.
-template <typename Base>
-__device__ void counters_to_cursors(int* counters, int num_experts, const Base& base) {
-  const int warps = counting_warps(num_experts);
-  for (int expert = threadIdx.x; expert < num_experts; expert += kThreads) {
-    int next = base(expert);
-    for (int w = 0; w < warps; ++w) {
-      const int count = counters[w * num_experts + expert];
-      counters[w * num_experts + expert] = next;
-      next += count;
-    }
-  }
-  __syncthreads();
-}
-
-// Walks the warp's slots in order; store(slot, expert, rank) with the slot's rank among all slots of its expert, or
-// store(slot, -1, 0) for a slot that is not here.
-template <typename index_t, typename Store>
-__device__ void scatter_slots(const index_t* ids, Range block, int num_experts, int* counters, const Store& store) {
-  const int warps = counting_warps(num_experts), warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  if (warp >= warps) return;
-  const Range range = warp_range(block, warps, warp);
-  int* cursors = counters + warp * num_experts;
-  for (int64_t first = range.begin; first < range.end; first += kWarpSize) {
-    const int64_t slot = first + lane;
-    const bool inside = slot < range.end;
-    const int expert = inside ? expert_of(ids, slot, num_experts) : -1;
-    const unsigned peers = __match_any_sync(kFullMask, expert);
-    const int ahead = __popc(peers & ((1u << lane) - 1));
-    const int rank = expert >= 0 ? cursors[expert] + ahead : 0;
-    __syncwarp();
-    if (expert >= 0 && ahead == 0) cursors[expert] += __popc(peers);
-    __syncwarp();
-    if (inside) store(slot, expert, rank);
-  }
-}
-
-__device__ void store_row(const PlanShape& shape, const PlanOutputs& out, int64_t slot, int expert, int rank) {
-  if (expert >= 0 && rank < shape.capacity) {
-    const int row = out.expert_offsets[expert] + rank;
-    out.permuted_to_slot[row] = static_cast<int32_t>(slot);
-    out.slot_to_permuted[slot] = row;
-  } else {
-    out.slot_to_permuted[slot] = -1;
-  }
 }
 
 template <typename index_t>
-__global__ void __launch_bounds__(kThreads)
-    small_plan_kernel(const index_t* __restrict__ ids, PlanShape shape, PlanOutputs out) {
-  MOE_DYNAMIC_SHARED(int, counters);
-  const int num_experts = static_cast<int>(shape.num_experts), warps = counting_warps(num_experts);
-  for (int64_t row = threadIdx.x; row < shape.num_rows; row += kThreads) out.permuted_to_slot[row] = -1;
-  const Range all{0, shape.num_slots};
-  count_slots(ids, all, num_experts, counters);
-  write_offsets(
-      [&](int expert) {
-        int sum = 0;
-        for (int w = 0; w < warps; ++w) sum += counters[w * num_experts + expert];
-        return sum;
-      },
-      shape, out);
-  __syncthreads();  // offsets are written, permuted_to_slot is filled, counters were read
-  counters_to_cursors(counters, num_experts, [](int) { return 0; });
-  scatter_slots(ids, all, num_experts, counters,
-                [&](int64_t slot, int expert, int rank) { store_row(shape, out, slot, expert, rank); });
-}
-
-__device__ Range block_range(const PlanShape& shape) {
-  const int64_t per_block = ceil_div(ceil_div(shape.num_slots, gridDim.x), kWarpSize) * kWarpSize;
-  const int64_t begin = min(blockIdx.x * per_block, shape.num_slots);
-  return {begin, min(begin + per_block, shape.num_slots)};
-}
-
-template <typename index_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPlanThreads)
     count_kernel(const index_t* __restrict__ ids, PlanShape shape, int32_t* __restrict__ block_counts) {
   MOE_DYNAMIC_SHARED(int, counters);
-  const int num_experts = static_cast<int>(shape.num_experts), warps = counting_warps(num_experts);
-  count_slots(ids, block_range(shape), num_experts, counters);
-  for (int expert = threadIdx.x; expert < num_experts; expert += kThreads) {
-    int sum = 0;
-    for (int w = 0; w < warps; ++w) sum += counters[w * num_experts + expert];
-    block_counts[static_cast<int64_t>(blockIdx.x) * num_experts + expert] = sum;
+  const int num_experts = static_cast<int>(shape.num_experts), warp = threadIdx.x / kWarpSize;
+  for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) counters[expert] = 0;
+  __syncthreads();
+  count_slots(ids, warp_slots(shape.num_slots, gridDim.x, blockIdx.x, kPlanWarps, warp), num_experts, counters);
+  __syncthreads();
+  int32_t* mine = block_counts + static_cast<int64_t>(blockIdx.x) * num_experts;
+  for (int expert = threadIdx.x; expert < num_experts; expert += kPlanThreads) mine[expert] = counters[expert];
+}
+
+// Slots of an expert: in all blocks, and in those before this one. Without block_counts this is the only block, and
+// counters[w, e] hold its counts. `part` of `parts` neighbouring lanes of a warp share the sums; all get them.
+struct ExpertCounts {
+  int total, before;
+};
+
+__device__ ExpertCounts count_expert(const int32_t* block_counts, const int* counters, int warps, int num_experts,
+                                     int expert, int parts, int part) {
+  ExpertCounts counts{0, 0};
+  if (expert < num_experts && block_counts) {
+#pragma unroll 8
+    for (int b = part; b < gridDim.x; b += parts) {
+      const int here = block_counts[static_cast<int64_t>(b) * num_experts + expert];
+      counts.total += here;
+      if (b < blockIdx.x) counts.before += here;
+    }
+  } else if (expert < num_experts) {
+    for (int w = part; w < warps; w += parts) counts.total += counters[w * num_experts + expert];
+  }
+  for (int offset = parts / 2; offset > 0; offset /= 2) {
+    counts.total += __shfl_xor_sync(kFullMask, counts.total, offset);
+    counts.before += __shfl_xor_sync(kFullMask, counts.before, offset);
+  }
+  return counts;
+}
+
+// -1 in rows begin .. end - 1 of every lane of the warp.
+__device__ void fill_padding(int32_t* permuted_to_slot, int begin, int end) {
+  const int lane = threadIdx.x % kWarpSize;
+  unsigned lanes = __ballot_sync(kFullMask, begin < end);
+  while (lanes != 0) {
+    const int source = __ffs(static_cast<int>(lanes)) - 1;
+    lanes &= lanes - 1;
+    const int first = __shfl_sync(kFullMask, begin, source), last = __shfl_sync(kFullMask, end, source);
+    for (int row = first + lane; row < last; row += kWarpSize) permuted_to_slot[row] = -1;
   }
 }
 
-// block_counts[b, e] becomes the slots of expert e before block b; uncapped_starts[e] their scan over experts.
-__global__ void __launch_bounds__(kThreads)
-    offsets_kernel(int32_t* __restrict__ block_counts, int num_blocks, PlanShape shape, PlanOutputs out,
-                   int32_t* __restrict__ uncapped_starts) {
-  const int num_experts = static_cast<int>(shape.num_experts);
-  int start = 0;
-  for (int first = 0; first < num_experts; first += kThreads) {
-    const int expert = first + threadIdx.x;
-    int sum = 0;
-    if (expert < num_experts) {
-#pragma unroll 8
-      for (int b = 0; b < num_blocks; ++b) {
-        int32_t& count = block_counts[static_cast<int64_t>(b) * num_experts + expert];
-        const int here = count;
-        count = sum;
-        sum += here;
+// With `sorted` the slots go there uncapped, expert e from uncapped_starts[e], else straight into the plan.
+template <typename index_t>
+__global__ void __launch_bounds__(kPlanThreads)
+    scatter_kernel(const index_t* __restrict__ ids, PlanShape shape, const int32_t* __restrict__ block_counts,
+                   PlanOutputs out, int32_t* __restrict__ sorted, int32_t* __restrict__ uncapped_starts) {
+  MOE_DYNAMIC_SHARED(int, counters);  // [warps, E], then [E]: the first place of every expert
+  const int num_experts = static_cast<int>(shape.num_experts), warps = counting_warps(num_experts);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  int* starts = counters + warps * num_experts;
+  int* cursors = counters + warp * num_experts;
+  const SlotRange range = warp_slots(shape.num_slots, gridDim.x, blockIdx.x, warps, min(warp, warps - 1));
+  for (int i = threadIdx.x; i < warps * num_experts; i += kPlanThreads) counters[i] = 0;
+  __syncthreads();
+  if (warp < warps) count_slots(ids, range, num_experts, cursors);
+  __syncthreads();
+
+  // Offsets, and from counters to cursors: the place of the warp's next slot of an expert.
+  const int parts = threads_per_expert(num_experts), part = threadIdx.x % parts;
+  int first_row = 0, first_place = 0;
+  for (int first = 0; first < num_experts; first += kPlanThreads / parts) {
+    const int expert = first + threadIdx.x / parts;
+    const bool owner = part == 0 && expert < num_experts;
+    const ExpertCounts counts = count_expert(block_counts, counters, warps, num_experts, expert, parts, part);
+    const ExpertRows rows = expert_rows(counts.total, shape.capacity, shape.row_alignment);
+    int all_rows, all_places = 0;
+    const int row = first_row + block_exclusive_scan(owner ? static_cast<int>(rows.padded) : 0, &all_rows);
+    int place = row;
+    if (sorted) place = first_place + block_exclusive_scan(owner ? counts.total : 0, &all_places);
+    if (owner) {
+      starts[expert] = place;
+      int next = place + counts.before;
+      for (int w = 0; w < warps; ++w) {
+        const int count = counters[w * num_experts + expert];
+        counters[w * num_experts + expert] = next;
+        next += count;
+      }
+      if (blockIdx.x == 0) {
+        out.expert_offsets[expert] = row;
+        out.tokens_per_expert[expert] = static_cast<int>(rows.kept);
+        if (sorted) uncapped_starts[expert] = place;
       }
     }
-    int total;
-    const int before = block_exclusive_scan(sum, &total);
-    if (expert < num_experts) uncapped_starts[expert] = start + before;
-    start += total;
+    const bool fills = owner && padding_block(expert, gridDim.x) == blockIdx.x;
+    fill_padding(out.permuted_to_slot, fills ? row + static_cast<int>(rows.kept) : 0,
+                 fills ? row + static_cast<int>(rows.padded) : 0);
+    first_row += all_rows;
+    first_place += all_places;
   }
-  if (threadIdx.x == 0) uncapped_starts[num_experts] = start;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    out.expert_offsets[num_experts] = first_row;
+    if (sorted) uncapped_starts[num_experts] = first_place;
+  }
+  const SlotRange tail = tail_rows(first_row, shape.num_rows, gridDim.x, blockIdx.x);
+  for (int64_t row = tail.begin + threadIdx.x; row < tail.end; row += kPlanThreads) out.permuted_to_slot[row] = -1;
   __syncthreads();
-  write_offsets([&](int expert) { return uncapped_starts[expert + 1] - uncapped_starts[expert]; }, shape, out);
-}
+  if (warp >= warps) return;
 
-// With `sorted` the slots go there uncapped, else straight into the plan.
-template <typename index_t>
-__global__ void __launch_bounds__(kThreads)
-    scatter_kernel(const index_t* __restrict__ ids, PlanShape shape, const int32_t* __restrict__ block_counts,
-                   const int32_t* __restrict__ uncapped_starts, PlanOutputs out, int32_t* __restrict__ sorted) {
-  MOE_DYNAMIC_SHARED(int, counters);
-  const int num_experts = static_cast<int>(shape.num_experts);
-  const Range range = block_range(shape);
-  count_slots(ids, range, num_experts, counters);
-  const int32_t* base = block_counts + static_cast<int64_t>(blockIdx.x) * num_experts;
-  counters_to_cursors(counters, num_experts, [&](int expert) { return base[expert]; });
-  scatter_slots(ids, range, num_experts, counters, [&](int64_t slot, int expert, int rank) {
-    if (!sorted) {
-      store_row(shape, out, slot, expert, rank);
-    } else if (expert >= 0) {
-      sorted[uncapped_starts[expert] + rank] = static_cast<int32_t>(slot);
+#pragma unroll 1
+  for (int64_t first = range.begin; first < range.end; first += kIdsPerLoad * kWarpSize) {
+    int experts[kIdsPerLoad];
+#pragma unroll
+    for (int i = 0; i < kIdsPerLoad; ++i) {
+      const int64_t slot = first + i * kWarpSize + lane;
+      experts[i] = slot < range.end ? expert_of(ids[slot], num_experts) : -1;
     }
-  });
+#pragma unroll
+    for (int i = 0; i < kIdsPerLoad; ++i) {
+      const int64_t slot = first + i * kWarpSize + lane;
+      const int expert = experts[i];
+      const unsigned peers = __match_any_sync(kFullMask, expert);
+      const int ahead = __popc(peers & ((1u << lane) - 1));
+      const int place = expert >= 0 ? cursors[expert] + ahead : 0;
+      __syncwarp();
+      if (expert >= 0 && ahead == 0) cursors[expert] = place + __popc(peers);
+      __syncwarp();
+      if (slot >= range.end) continue;
+      int row = -1;  // of a slot that is not here, and, until select_kernel, of every slot
+      if (expert >= 0 && sorted) {
+        sorted[place] = static_cast<int32_t>(slot);
+      } else if (expert >= 0 && place - starts[expert] < shape.capacity) {
+        row = place;
+        out.permuted_to_slot[row] = static_cast<int32_t>(slot);
+      }
+      out.slot_to_permuted[slot] = row;
+    }
+  }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kPlanThreads)
     select_kernel(const float* __restrict__ scores, const int32_t* __restrict__ sorted,
                   const int32_t* __restrict__ uncapped_starts, PlanShape shape, PlanOutputs out) {
   for (int64_t expert = blockIdx.x; expert < shape.num_experts; expert += gridDim.x) {
@@ -239,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto key_of = [&](int64_t i) { return ordered_key(scores[slots[i]]); };
     const uint32_t threshold = keep_all || capacity == 0 ? 0 : select_threshold(key_of, count, capacity, &ties);
     int kept = 0, ties_seen = 0;
-    for (int first = 0; capacity > 0 && first < count; first += kThreads) {
+    for (int first = 0; capacity > 0 && first < count; first += kPlanThreads) {
       const int i = first + threadIdx.x;
       const uint32_t key = i < count ? key_of(i) : 0;
       const bool tied = i < count && !keep_all && key == threshold;
@@ -247,7 +218,11 @@ __global__ void __launch_bounds__(kThreads)
       const int tie_rank = ties_seen + block_exclusive_scan(tied, &total_ties);
       const bool keep = i < count && (keep_all || key > threshold || (tied && tie_rank < ties));
       const int rank = kept + block_exclusive_scan(keep, &total_kept);
-      if (keep) store_row(shape, out, slots[i], static_cast<int>(expert), rank);
+      if (keep) {
+        const int row = out.expert_offsets[expert] + rank;
+        out.permuted_to_slot[row] = slots[i];
+        out.slot_to_permuted[slots[i]] = row;
+      }
       ties_seen += total_ties;
       kept += total_kept;
     }
@@ -255,40 +230,30 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void fill_with_minus_one(int32_t* values, int64_t count, cudaStream_t stream) {
-  if (count > 0) STD_CUDA_CHECK(cudaMemsetAsync(values, 0xff, count * sizeof(int32_t), stream));
-}
-
 template <typename index_t>
 void launch_plan(const Tensor& ids, const std::optional<Tensor>& scores, const PlanShape& shape,
                  const PlanOutputs& out) {
   const cudaStream_t stream = current_stream(ids);
   const index_t* id = ids.const_data_ptr<index_t>();
-  const size_t shared = counting_warps(shape.num_experts) * shape.num_experts * sizeof(int);
-  if (!scores && shape.num_slots <= kSmallSlots) {
-    launch_kernel(small_plan_kernel<index_t>, 1, kThreads, shared, stream, id, shape, out);
-    return;
-  }
-  const int64_t num_blocks = std::clamp<int64_t>(ceil_div(shape.num_slots, kSlotsPerBlock), 1, kMaxPlanBlocks);
-  const int64_t num_counts = num_blocks * shape.num_experts, num_starts = shape.num_experts + 1;
-  Tensor scratch =
-      torch::stable::new_empty(ids, {num_counts + num_starts + (scores ? shape.num_slots : 0)}, ScalarType::Int);
-  int32_t* block_counts = scratch.mutable_data_ptr<int32_t>();
-  int32_t* uncapped_starts = block_counts + num_counts;
+  const int64_t num_blocks = plan_blocks(shape.num_slots, shape.num_experts);
+  const int64_t num_counts = num_blocks > 1 ? num_blocks * shape.num_experts : 0;
+  const int64_t num_starts = scores ? shape.num_experts + 1 : 0, num_sorted = scores ? shape.num_slots : 0;
+  Tensor scratch = torch::stable::new_empty(ids, {num_counts + num_starts + num_sorted}, ScalarType::Int);
+  int32_t* block_counts = num_blocks > 1 ? scratch.mutable_data_ptr<int32_t>() : nullptr;
+  int32_t* uncapped_starts = scores ? scratch.mutable_data_ptr<int32_t>() + num_counts : nullptr;
   int32_t* sorted = scores ? uncapped_starts + num_starts : nullptr;
-  // -1 in every row that no slot takes, and, where slots may be dropped later, in every slot.
-  fill_with_minus_one(out.permuted_to_slot, shape.num_rows, stream);
-  if (scores) fill_with_minus_one(out.slot_to_permuted, shape.num_slots, stream);
   const auto blocks = static_cast<unsigned>(num_blocks);
-  launch_kernel(count_kernel<index_t>, blocks, kThreads, shared, stream, id, shape, block_counts);
-  launch_kernel(offsets_kernel, 1, kThreads, 0, stream, block_counts, static_cast<int>(num_blocks), shape, out,
+  if (num_blocks > 1) {
+    launch_kernel(count_kernel<index_t>, blocks, kPlanThreads, shape.num_experts * sizeof(int), stream, id, shape,
+                  block_counts);
+  }
+  const size_t shared = (counting_warps(shape.num_experts) + 1) * shape.num_experts * sizeof(int);
+  launch_kernel(scatter_kernel<index_t>, blocks, kPlanThreads, shared, stream, id, shape, block_counts, out, sorted,
                 uncapped_starts);
-  launch_kernel(scatter_kernel<index_t>, blocks, kThreads, shared, stream, id, shape, block_counts, uncapped_starts,
-                out, sorted);
   if (scores) {
     const auto experts = static_cast<unsigned>(std::min<int64_t>(shape.num_experts, kMaxBlocks));
-    launch_kernel(select_kernel, experts, kThreads, 0, stream, scores->const_data_ptr<float>(), sorted, uncapped_starts,
-                  shape, out);
+    launch_kernel(select_kernel, experts, kPlanThreads, 0, stream, scores->const_data_ptr<float>(), sorted,
+                  uncapped_starts, shape, out);
   }
 }
 
@@ -299,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_plan(const Tensor& topk_ids, 
                                                         const std::optional<Tensor>& drop_scores,
                                                         int64_t row_alignment) {
   const PlanShape shape = check_routing_plan(topk_ids, num_experts, capacity, drop_scores, row_alignment);
-  MOE_CHECK(num_experts <= kSharedCounters, "num_experts: expected at most ", kSharedCounters, " on CUDA, got ",
+  MOE_CHECK(num_experts <= kMaxPlanExperts, "num_experts: expected at most ", kMaxPlanExperts, " on CUDA, got ",
             num_experts);
   const DeviceGuard guard(topk_ids.get_device_index());
   const Tensor ids = torch::stable::contiguous(topk_ids);

@@ -1,102 +1,194 @@
-"""The whole layer as one CUDA graph: no host sync, no allocation that depends on device data, any stream."""
+"""Whole training steps as CUDA graphs: no host sync, no allocation that depends on device data, any stream, any device.
+
+The steps are those of tests/capture_steps.py, which tests/test_capture_steps.py runs on the CPU.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 import moe_ext
+from capture_steps import (
+    HIDDEN_SIZE,
+    INTERMEDIATE_SIZE,
+    LAYERS,
+    NUM_EXPERTS,
+    TOKENS,
+    TOPK,
+    Step,
+    assert_same,
+    make_inputs,
+    make_layer_step,
+    make_ops_step,
+    one_hot_logits,
+    reference_layer,
+)
 from cases import ROUTINGS, make_rows, make_topk_ids, make_topk_weights
 from compare import relative_error
-from moe_ext import reference
 
-NUM_TOKENS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOPK = 96, 64, 48, 12, 4
-FEW_TOKENS = 5  # few rows per expert have a kernel of their own
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def layer(ops, logits: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    weights, ids = ops.topk_gating(logits, TOPK, renormalize=True)
-    plan = ops.routing_plan(ids, NUM_EXPERTS)
-    return ops.moe_mlp(hidden, gate_up, down, plan, weights, weight_layout="enk")
-
-
-def make_inputs(dtype: torch.dtype, device: str, seed: int = 0, num_tokens: int = NUM_TOKENS) -> list[Tensor]:
-    return [
-        make_rows(num_tokens, NUM_EXPERTS, dtype=torch.float32, device=device, seed=seed),
-        make_rows(num_tokens, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 1),
-        make_rows(
-            NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 2, scale=0.1
-        ),
-        make_rows(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, dtype=dtype, device=device, seed=seed + 3, scale=0.1),
-    ]
-
-
-def step(inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    output = layer(moe_ext, *inputs)
-    return [output, *torch.autograd.grad(output, inputs, grad)]
-
-
-@pytest.fixture
-def no_sync(device):
+@contextmanager
+def sync_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_tokens", [NUM_TOKENS, FEW_TOKENS])
-def test_forward_and_backward_never_sync(num_tokens, dtype, device, no_sync):
-    torch.cuda.set_sync_debug_mode("default")
-    inputs = [x.requires_grad_() for x in make_inputs(dtype, device, num_tokens=num_tokens)]
-    grad = make_rows(num_tokens, HIDDEN_SIZE, dtype=dtype, device=device, seed=9)
-    torch.cuda.set_sync_debug_mode("error")
-    step(inputs, grad)
+def make_step(name: str, dtype: torch.dtype, device: str) -> Step:
+    return make_ops_step(dtype, device) if name == "ops" else make_layer_step(name, dtype, device)
+
+
+def capture(step: Step, inputs: list[Tensor], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """The step as a graph captured on `stream`, and the tensors that a replay fills in."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream), sync_is_an_error():
+        results = step(inputs)
+    return graph, results
+
+
+def refill(inputs: list[Tensor], fresh: list[Tensor]) -> None:
+    for x, new in zip(inputs, fresh, strict=True):
+        x.copy_(new)
+
+
+def test_sync_debug_mode_sees_a_sync(device):
+    """The proof of the next test is worth something."""
+    with pytest.raises(RuntimeError, match="synchroniz"), sync_is_an_error():
+        torch.ones(1, device=device).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", [*LAYERS, "ops"])
+def test_no_step_syncs(name, tokens, dtype, device):
+    step = make_step(name, dtype, device)
+    inputs = make_inputs(TOKENS[tokens], dtype, device)
+    expected = step(inputs)
+    with sync_is_an_error():
+        results = step(inputs)
+    assert_same(results, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [NUM_TOKENS, FEW_TOKENS])
-def test_graph_replay_with_other_routing(num_tokens, dtype, device):
-    inputs = [x.requires_grad_() for x in make_inputs(dtype, device, num_tokens=num_tokens)]
-    grad = make_rows(num_tokens, HIDDEN_SIZE, dtype=dtype, device=device, seed=9)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(inputs, grad)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(inputs, grad)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", [*LAYERS, "ops"])
+def test_replay_with_other_routing(name, tokens, dtype, device):
+    """Forward and backward in one graph; every replay equals the eager step on the same inputs, bit for bit."""
+    num_tokens = TOKENS[tokens]
+    step = make_step(name, dtype, device)
+    inputs = make_inputs(num_tokens, dtype, device)
+    graph, captured = capture(step, inputs, torch.cuda.Stream())
     for seed in (10, 20, 30):
-        fresh = make_inputs(dtype, device, seed, num_tokens)
-        with torch.no_grad():
-            for x, new in zip(inputs, fresh, strict=True):
-                x.copy_(new)
-            if seed == 30:
-                inputs[0][:] = torch.arange(NUM_EXPERTS, device=device)  # everyone to the same experts
+        refill(inputs, make_inputs(num_tokens, dtype, device, seed))
+        if seed == 30:
+            one_hot_logits(inputs)
+            inputs[0][:] = inputs[0][:1].clone()  # the layers route by hidden: the same way for every token
+        for result in captured:
+            result.zero_()
         graph.replay()
-        for replayed, eager in zip(captured, step(inputs, grad), strict=True):
-            assert torch.equal(replayed, eager)
-        exact = layer(reference, *(x.detach().cpu().double() for x in inputs))
-        assert relative_error(captured[0], exact) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
+        replayed = [x.clone() for x in captured]
+        assert_same(replayed, step(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_equals_the_reference(dtype, device):
+    gate_up = make_rows(NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, dtype=dtype, device=device, seed=5, scale=0.1)
+    down = make_rows(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, dtype=dtype, device=device, seed=6, scale=0.1)
+
+    def step(inputs: list[Tensor]) -> list[Tensor]:
+        weights, ids = moe_ext.topk_gating(inputs[1], TOPK, renormalize=True)
+        plan = moe_ext.routing_plan(ids, NUM_EXPERTS)
+        return [moe_ext.moe_mlp(inputs[0], gate_up, down, plan, weights, weight_layout="enk")]
+
+    inputs = make_inputs(TOKENS["few"], dtype, device)
+    graph, (captured,) = capture(step, inputs, torch.cuda.Stream())
+    for seed in (10, 20):
+        refill(inputs, make_inputs(TOKENS["few"], dtype, device, seed))
+        if seed == 20:
+            one_hot_logits(inputs)
+        graph.replay()
+        exact = reference_layer(inputs, gate_up, down)
+        assert relative_error(captured, exact) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", ["dropless", "ops"])
+def test_several_streams_at_once(name, tokens, device):
+    """Each stream its own inputs; no kernel waits for a block of another, none keeps state between calls."""
+    step = make_step(name, torch.bfloat16, device)
+    inputs = [make_inputs(TOKENS[tokens], torch.bfloat16, device, seed) for seed in (0, 10, 20, 30)]
+    expected = [step(mine) for mine in inputs]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in inputs], []
+    for _ in range(5):
+        for stream, mine in zip(streams, inputs, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append(step(mine))
+    torch.cuda.synchronize()
+    for index, result in enumerate(results):
+        assert_same(result, expected[index % len(inputs)])
+
+
+def test_graphs_on_several_streams_at_once(device):
+    step = make_ops_step(torch.bfloat16, device)
+    inputs = [make_inputs(TOKENS["many"], torch.bfloat16, device, seed) for seed in (0, 10, 20)]
+    expected = [step(mine) for mine in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    graphs = [capture(step, mine, stream) for mine, stream in zip(inputs, streams, strict=True)]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for (_, captured), wanted in zip(graphs, expected, strict=True):
+        assert_same(captured, wanted)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_several_streams_at_once(routing, device):
-    ids = make_topk_ids(NUM_TOKENS, NUM_EXPERTS, TOPK, routing, device)
-    weights = make_topk_weights(NUM_TOKENS, TOPK, device)
-    _, hidden, gate_up, down = make_inputs(torch.bfloat16, device)
+def test_every_routing_on_a_side_stream(routing, device):
+    ids = make_topk_ids(TOKENS["many"], NUM_EXPERTS, TOPK, routing, device)
+    weights = make_topk_weights(TOKENS["many"], TOPK, device)
+    hidden = make_rows(TOKENS["many"], HIDDEN_SIZE, dtype=torch.bfloat16, device=device)
 
-    def forward() -> Tensor:
-        return moe_ext.moe_mlp(
-            hidden, gate_up, down, moe_ext.routing_plan(ids, NUM_EXPERTS), weights, weight_layout="enk"
-        )
+    def round_trip() -> Tensor:
+        plan = moe_ext.routing_plan(ids, NUM_EXPERTS)
+        maps = (plan.permuted_to_slot, plan.slot_to_permuted)
+        return moe_ext.unpermute(moe_ext.permute(hidden, *maps, TOPK), *maps, TOPK, weights)
 
-    expected = forward()
-    torch.cuda.synchronize()
-    streams, outputs = [torch.cuda.Stream() for _ in range(4)], []
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            outputs.append([forward() for _ in range(5)])
-    torch.cuda.synchronize()
-    assert all(torch.equal(output, expected) for mine in outputs for output in mine)
+    expected = round_trip()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = round_trip()
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("name", ["dropless", "ops"])
+def test_second_device(name, device):
+    """Tensors decide where an op runs, not the current device; results do not depend on it."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, here: {torch.cuda.device_count()}")
+    first = make_step(name, torch.bfloat16, "cuda:0")(make_inputs(TOKENS["many"], torch.bfloat16, "cuda:0"))
+    with torch.cuda.device(0):
+        second = make_step(name, torch.bfloat16, "cuda:1")(make_inputs(TOKENS["many"], torch.bfloat16, "cuda:1"))
+        assert torch.cuda.current_device() == 0
+    assert all(x.device.index == 1 for x in second)
+    if torch.cuda.get_device_properties(0).name == torch.cuda.get_device_properties(1).name:
+        assert_same([x.cpu() for x in second], [x.cpu() for x in first])

@@ -16,6 +16,7 @@
 //   Where there are fewer items than multiprocessors, one block of 8 warps: 96 kB (64 kB).
 #include "grouped_gemm_small_rows.h"
 
+#include "../tile_choice.h"
 #include "item_product.h"
 
 namespace moe_ext::small_rows {
@@ -273,7 +274,7 @@ void run(const Arguments& args, const Machine& machine, cudaStream_t stream) {
 bool takes(const Arguments& args) {
   const int64_t width = kVectorBytes / (args.dtype == GemmDtype::kFloat32 ? 4 : 2);
   bool fits = args.max_rows > 0 && args.n > 0 && args.k > 0 && args.num_experts <= kMaxExperts &&
-              args.max_rows <= kMaxAverageRows * args.num_experts;
+              args.max_rows <= kMaxAverageRows * args.num_experts && forced_sm90_tile() < 0;
   constexpr int64_t kMaxExtent = int64_t{1} << 24;  // few enough that items of an expert are counted in 32 bits
   fits = fits && args.n <= kMaxExtent && args.k <= kMaxExtent && args.topk <= kMaxExtent;
   fits = fits && args.k % width == 0;

@@ -26,7 +26,7 @@ def routing_plan(
     Args:
         topk_ids: [num_tokens, topk] int32 or int64. An id outside ``[0, num_experts)`` means "not here": its slot is
             dropped. Ids of one token need not be distinct.
-        num_experts: E, at least 1; up to 12000 on CUDA.
+        num_experts: E, at least 1; up to 6000 on CUDA.
         capacity: the most rows an expert may hold; None for no limit (dropless).
         drop_scores: [num_tokens, topk] floating, compared as float32; which slots an expert over capacity keeps: those
             with the highest scores, the earlier slot winning ties, NaN losing to everything. None keeps the earliest
