@@ -19,7 +19,7 @@ from moe_ext.nn import MoELayer
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOPK, NUM_RANKS = 64, 48, 12, 4, 3
 # A plan of one launch, and one of two (more than 8192 slots).
-TOKENS = {"few": 96, "many": 2100}
+TOKENS = {"decode": 5, "few": 96, "many": 2100}
 LAYERS: dict[str, dict[str, Any]] = {
     "dropless": {},
     "capacity": {"capacity_factor": 0.6},
