@@ -16,9 +16,7 @@ def grouped_mm_layer(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gat
     num_tokens, topk = topk_ids.shape
     flat = topk_ids.flatten()
     order = torch.argsort(flat, stable=True)
-    # bincount would do, but waits for the device: a pipeline with it cannot be captured into a graph.
-    num_experts = gate_up.shape[0]
-    ends = torch.histc(flat.float(), bins=num_experts, min=0, max=num_experts).cumsum(0).int()
+    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).int()
     tokens = order // topk
     gate, up = F.grouped_mm(hidden[tokens], gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     rows = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)

@@ -5,7 +5,7 @@
 // next one runs: between two barriers threads never interleave, but their order is shuffled (MOE_EMULATOR_SEED), so a
 // missing barrier shows as a wrong result. Shared memory is poisoned before each block. A barrier that part of a block
 // never reaches, or a collective whose mask names lanes that never come, ends the process with a message.
-// Timing, occupancy and memory ordering between blocks are out of scope. mma.sync and cp.async: sm80_emulator.h.
+// Timing, occupancy, memory ordering between blocks and tensor cores are out of scope.
 #pragma once
 
 #include <cmath>
@@ -141,13 +141,6 @@ inline int __float_as_int(float value) {
   int bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
-}
-// Four of the eight bytes of (b, a), byte i of the result chosen by nibble i of `selector`.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
-  return result;
 }
 inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(__float_as_int(value)); }
 inline float __uint_as_float(unsigned bits) { return moe_emulator::from_slot<float>(bits); }

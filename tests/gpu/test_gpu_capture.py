@@ -12,7 +12,6 @@ from compare import relative_error
 from moe_ext import reference
 
 NUM_TOKENS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOPK = 96, 64, 48, 12, 4
-FEW_TOKENS = 5  # few rows per expert have a kernel of their own
 
 
 def layer(ops, logits: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -21,10 +20,10 @@ def layer(ops, logits: Tensor, hidden: Tensor, gate_up: Tensor, down: Tensor) ->
     return ops.moe_mlp(hidden, gate_up, down, plan, weights, weight_layout="enk")
 
 
-def make_inputs(dtype: torch.dtype, device: str, seed: int = 0, num_tokens: int = NUM_TOKENS) -> list[Tensor]:
+def make_inputs(dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
     return [
-        make_rows(num_tokens, NUM_EXPERTS, dtype=torch.float32, device=device, seed=seed),
-        make_rows(num_tokens, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 1),
+        make_rows(NUM_TOKENS, NUM_EXPERTS, dtype=torch.float32, device=device, seed=seed),
+        make_rows(NUM_TOKENS, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 1),
         make_rows(
             NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE, dtype=dtype, device=device, seed=seed + 2, scale=0.1
         ),
@@ -45,20 +44,18 @@ def no_sync(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_tokens", [NUM_TOKENS, FEW_TOKENS])
-def test_forward_and_backward_never_sync(num_tokens, dtype, device, no_sync):
+def test_forward_and_backward_never_sync(dtype, device, no_sync):
     torch.cuda.set_sync_debug_mode("default")
-    inputs = [x.requires_grad_() for x in make_inputs(dtype, device, num_tokens=num_tokens)]
-    grad = make_rows(num_tokens, HIDDEN_SIZE, dtype=dtype, device=device, seed=9)
+    inputs = [x.requires_grad_() for x in make_inputs(dtype, device)]
+    grad = make_rows(NUM_TOKENS, HIDDEN_SIZE, dtype=dtype, device=device, seed=9)
     torch.cuda.set_sync_debug_mode("error")
     step(inputs, grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [NUM_TOKENS, FEW_TOKENS])
-def test_graph_replay_with_other_routing(num_tokens, dtype, device):
-    inputs = [x.requires_grad_() for x in make_inputs(dtype, device, num_tokens=num_tokens)]
-    grad = make_rows(num_tokens, HIDDEN_SIZE, dtype=dtype, device=device, seed=9)
+def test_graph_replay_with_other_routing(dtype, device):
+    inputs = [x.requires_grad_() for x in make_inputs(dtype, device)]
+    grad = make_rows(NUM_TOKENS, HIDDEN_SIZE, dtype=dtype, device=device, seed=9)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -68,7 +65,7 @@ def test_graph_replay_with_other_routing(num_tokens, dtype, device):
     with torch.cuda.graph(graph):
         captured = step(inputs, grad)
     for seed in (10, 20, 30):
-        fresh = make_inputs(dtype, device, seed, num_tokens)
+        fresh = make_inputs(dtype, device, seed)
         with torch.no_grad():
             for x, new in zip(inputs, fresh, strict=True):
                 x.copy_(new)
