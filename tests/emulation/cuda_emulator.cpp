@@ -1,11 +1,10 @@
-#include "sm80_emulator.h"
+#include "cuda_emulator.h"
 
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -85,15 +84,6 @@ struct Meeting {
   uint64_t slots[2][kWarpSize];
 };
 
-// A cp.async under way.
-struct AsyncCopy {
-  void* destination;
-  const void* source;
-  size_t bytes;
-  bool inside;
-  unsigned group;
-};
-
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack;
@@ -105,8 +95,6 @@ struct Fiber {
   const std::function<bool()>* ready = nullptr;
   const Meeting* meeting = nullptr;
   uint64_t until_generation = 0;
-  std::deque<AsyncCopy> copies;
-  unsigned copy_group = 0;  // the one that is open
 };
 
 struct Block {
@@ -131,7 +119,6 @@ Hooks& hooks() {
   static Hooks registered;
   return registered;
 }
-uint64_t copied_bytes = 0;
 std::mutex one_grid_at_a_time;
 
 void yield() { Context::switch_to(block.current->context, block.scheduler); }
@@ -169,8 +156,6 @@ void run_block(std::mt19937& random) {
     fiber.done = fiber.at_barrier = false;
     fiber.meeting = nullptr;
     fiber.ready = nullptr;
-    fiber.copies.clear();
-    fiber.copy_group = 0;
     order[t] = t;
   }
   if (hooks().start) hooks().start();
@@ -269,30 +254,5 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   }
   return slots;
 }
-
-void copy_async(void* destination, const void* source, size_t bytes, bool inside) {
-  const auto misaligned = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; };
-  if (misaligned(destination) || (inside && misaligned(source))) fail("a misaligned cp.async");
-  std::memset(destination, kPoison, bytes);
-  copied_bytes += inside ? bytes : 0;
-  block.current->copies.push_back({destination, source, bytes, inside, block.current->copy_group});
-}
-
-void commit_copies() { ++block.current->copy_group; }
-
-void wait_for_copies(int pending) {
-  Fiber& self = *block.current;
-  while (!self.copies.empty() && self.copies.front().group + pending < self.copy_group) {
-    const AsyncCopy& copy = self.copies.front();
-    if (copy.inside) {
-      std::memcpy(copy.destination, copy.source, copy.bytes);
-    } else {
-      std::memset(copy.destination, 0, copy.bytes);
-    }
-    self.copies.pop_front();
-  }
-}
-
-uint64_t moe_emulator_copied_bytes() { return copied_bytes; }
 
 }  // namespace moe_emulator

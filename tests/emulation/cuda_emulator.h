@@ -167,13 +167,6 @@ inline int __float_as_int(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
-// Four of the eight bytes of (b, a), byte i of the result chosen by nibble i of `selector`.
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
-  return result;
-}
 inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(__float_as_int(value)); }
 inline float __uint_as_float(unsigned bits) { return moe_emulator::from_slot<float>(bits); }
 template <typename T>

@@ -1,4 +1,4 @@
-// mma.sync and cp.async on the CPU, after the fragment layouts of the PTX ISA.
+// mma.sync, cp.async and byte permutes on the CPU; fragment layouts as in the PTX ISA.
 #pragma once
 
 #include "cuda_emulator.h"
@@ -44,3 +44,11 @@ void multiply_16x8x16(float* sums, const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 
 }  // namespace moe_emulator
+
+// Four of the eight bytes of (b, a), byte i of the result chosen by nibble i of `selector`.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
