@@ -105,7 +105,8 @@ struct Float16 {
   using Element = uint16_t;
   static constexpr int kPerUnit = 1;
   static MOE_INLINE Floats load(const char* from) { return widen_fp16(load_halves(from)); }
-  static MOE_INLINE void store(char* to, Floats value) { store_halves(to, narrow_fp16(value)); }
+  static MOE_INLINE Words narrow(Floats value) { return narrow_fp16(value); }
+  static MOE_INLINE void store(char* to, Floats value) { store_halves(to, narrow(value)); }
 };
 
 struct BFloat16 {
@@ -114,7 +115,8 @@ struct BFloat16 {
   using Element = uint16_t;
   static constexpr int kPerUnit = 1;
   static MOE_INLINE Floats load(const char* from) { return reinterpret_cast<Floats>(load_halves(from) << 16); }
-  static MOE_INLINE void store(char* to, Floats value) { store_halves(to, narrow_bf16(value)); }
+  static MOE_INLINE Words narrow(Floats value) { return narrow_bf16(value); }
+  static MOE_INLINE void store(char* to, Floats value) { store_halves(to, narrow(value)); }
 };
 
 #ifdef MOE_BF16_DOT

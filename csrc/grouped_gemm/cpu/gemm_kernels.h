@@ -33,6 +33,7 @@ struct GemmKernels {
   int64_t unit_bytes;         // also of an accumulator
   int64_t elements_per_unit;  // along the inner dimension
   int64_t panel_cols;         // columns of a packed right block
+  int64_t strip_rows;         // rows that `multiply` keeps in registers
 
   // left [rows][kLeftStride] of units; first and count are elements of the lines.
   void (*pack_left_inner)(void* left, const char* const* rows, int64_t num_rows, int64_t first, int64_t count);

@@ -51,10 +51,12 @@ void finish(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num
       // Two vectors fill a cache line, which then leaves without having been read.
       const bool aligned = reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
       for (; stream && aligned && !bias && col + 2 * kCount <= num_cols; col += 2 * kCount) {
-        alignas(64) char line[64];
-        Output::store(line, Simd<Sum>::load(from + col));
-        Output::store(line + 32, Simd<Sum>::load(from + col + kCount));
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + col * kBytes), _mm512_load_si512(line));
+        const auto narrow = [&](int64_t c) {
+          const Words bits = Output::narrow(Simd<Sum>::load(from + c));
+          return reinterpret_cast<__m256i>(__builtin_convertvector(bits, Halves));
+        };
+        const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(col)), narrow(col + kCount), 1);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + col * kBytes), line);
       }
     }
 #endif
@@ -94,6 +96,7 @@ constexpr GemmKernels make_kernels() {
           sizeof(Unit),
           Format::kPerUnit,
           kPanelCols<Format>,
+          kStripRows,
           &pack_left_inner<Format>,
           &pack_left_outer<Format>,
           &pack_right_inner<Format>,

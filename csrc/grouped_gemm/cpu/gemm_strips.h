@@ -37,7 +37,7 @@ struct Fetcher {
 
 template <typename Format, int kRows>
 void multiply_strip(const typename Format::Unit* left, const typename Format::Unit* right, int64_t depth,
-                    typename Format::Sum* sums, bool first, Fetcher wanted) {
+                    typename Format::Sum* sums, bool first, const Fetcher& to_fetch) {
   using Unit = typename Format::Unit;
   using Sum = typename Format::Sum;
   constexpr int kCount = kLanes<Format>;
@@ -48,6 +48,7 @@ void multiply_strip(const typename Format::Unit* left, const typename Format::Un
     acc[row][0] = first ? SumVec<Format>{} : Simd<Sum>::load(sums + row * 2 * kCount);
     acc[row][1] = first ? SumVec<Format>{} : Simd<Sum>::load(sums + row * 2 * kCount + kCount);
   }
+  Fetcher wanted = to_fetch;
   const int64_t chunks = depth / kChunk + 1;
   const int64_t cache_lines = (wanted.end - wanted.line) * ((wanted.last - wanted.first) / kCacheLine + 1);
   const int64_t wanted_at_once = (cache_lines + chunks - 1) / chunks;
@@ -74,7 +75,7 @@ void multiply_strip(const typename Format::Unit* left, const typename Format::Un
 
 template <typename Format>
 using Strip = void (*)(const typename Format::Unit*, const typename Format::Unit*, int64_t, typename Format::Sum*, bool,
-                       Fetcher);
+                       const Fetcher&);
 
 template <typename Format, int kRows>
 constexpr Strip<Format> strip_of() {

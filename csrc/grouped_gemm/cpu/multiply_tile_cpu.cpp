@@ -12,7 +12,6 @@
 namespace moe_ext::cpu {
 namespace {
 
-constexpr int64_t kHotRows = 28;  // two strips with AVX-512
 // Tiles are narrowed down to this while there are fewer than kTilesPerThread for each thread.
 constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kTilesPerThread = 8;
@@ -108,9 +107,9 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
         if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
       }
       if (inner <= step && !product.pair) {
-        // One block: a few strips at a time, finished as they come, so that writing them overlaps with arithmetic.
-        for (int64_t row = 0; row < tile.rows; row += kHotRows) {
-          const int64_t rows = std::min(kHotRows, tile.rows - row);
+        // One block: every strip is finished as it comes, so that writing it overlaps with the next one's arithmetic.
+        for (int64_t row = 0; row < tile.rows; row += kernels.strip_rows) {
+          const int64_t rows = std::min(kernels.strip_rows, tile.rows - row);
           kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, scratch.right, rows, depth,
                            scratch.sums, true, row == 0 ? wanted : Fetch{});
           finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
