@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -124,3 +126,50 @@ BAD_CALLS = [
 def test_bad_calls(call, message, device):
     with pytest.raises(RuntimeError, match=message):
         call(device)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_outputs(dtype):
+    """Past the caches rows are streamed, into memory kept from earlier calls, whose old contents must not show."""
+    num_tokens, hidden_size, num_experts, topk = 3000, 3104, 7, 2  # 18 MB at two bytes an element
+    ids = make_topk_ids(num_tokens, num_experts, topk, "dropped")
+    plan = moe_ext.routing_plan(ids, num_experts, row_alignment=8)
+    maps = (plan.permuted_to_slot, plan.slot_to_permuted)
+    hidden = make_rows(num_tokens, hidden_size, dtype=dtype)
+    weights = make_topk_weights(num_tokens, topk, "cpu").requires_grad_()
+    rows = make_rows(maps[0].numel(), hidden_size, dtype=dtype, seed=1).requires_grad_()
+    grad = make_rows(num_tokens, hidden_size, dtype=dtype, seed=2)
+
+    def outputs(op) -> tuple[Tensor, ...]:
+        combined = op.unpermute(rows, *maps, topk, weights)
+        return op.permute(hidden, *maps, topk), combined, *torch.autograd.grad(combined, (rows, weights), grad)
+
+    for expected, found in zip(outputs(reference), outputs(moe_ext), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-3)
+    first = outputs(moe_ext)
+    kept = [x.clone() for x in first]
+    second = outputs(moe_ext)
+    assert not {x.data_ptr() for x in first} & {x.data_ptr() for x in second}
+    for x in (*first, *second):
+        x.detach().fill_(float("nan"))
+    del first, second
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        again = outputs(moe_ext)
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(again, kept, strict=True))
+        for x in again:
+            x.detach().fill_(float("nan"))
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere large outputs are torch's own")
+def test_large_outputs_reuse_memory():
+    hidden, slots = torch.randn(1024, 4096), torch.arange(1024, dtype=torch.int32)
+    before = moe_ext.permute(hidden, slots, slots, 1)
+    pointer = before.data_ptr()
+    assert pointer % 2**21 == 0
+    del before
+    assert moe_ext.permute(hidden, slots, slots, 1).data_ptr() == pointer

@@ -2,11 +2,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <cstring>
-
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
+#include "../common/stream_rows.h"
 
 namespace moe_ext::cpu {
 
@@ -20,16 +18,18 @@ Tensor permute(const Tensor& input, const Tensor& permuted_to_slot, const Tensor
   const auto* source_bytes = static_cast<const char*>(source.const_data_ptr());
   const auto* slot_of_row = slots.const_data_ptr<int32_t>();
   auto* output_bytes = static_cast<char*>(output.mutable_data_ptr());
+  const RowWriter writer(output_bytes, maps.num_rows, row_bytes);
   parallel_rows(maps.num_rows, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t slot = slot_of_row[row];
       char* destination = output_bytes + row * row_bytes;
       if (slot >= 0 && slot < maps.num_slots) {
-        std::memcpy(destination, source_bytes + slot / topk * row_bytes, row_bytes);
+        writer.copy(destination, source_bytes + slot / topk * row_bytes);
       } else {
-        std::memset(destination, 0, row_bytes);
+        writer.zero(destination);
       }
     }
+    writer.finish();
   });
   return output;
 }

@@ -3,61 +3,122 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../common/cpu_parallel.h"
+#include "../common/host_device.h"
+#include "../common/huge_pages.h"
+#include "../common/stream_rows.h"
 
 namespace moe_ext::cpu {
 namespace {
 
-// Columns summed at a time: a stack buffer of accumulators that stays in L1 and lets the compiler vectorise.
+// Columns at a time: a buffer that stays in L1.
 constexpr int64_t kColumnBlock = 256;
+
+template <typename scalar_t>
+struct WeightedRow {
+  const scalar_t* row;
+  accumulate_t<scalar_t> weight;
+};
+
+// The rows that a token sums, in slot order; how many there are.
+template <typename scalar_t>
+int64_t rows_of_token(const scalar_t* input, const int32_t* slot_to_permuted, const accumulate_t<scalar_t>* weights,
+                      const RowMaps& maps, int64_t width, int64_t token, WeightedRow<scalar_t>* rows) {
+  int64_t count = 0;
+  for (int64_t slot = token * maps.topk; slot < (token + 1) * maps.topk; ++slot) {
+    const int64_t row = slot_to_permuted[slot];
+    if (row < 0 || row >= maps.num_rows) continue;
+    rows[count++] = {input + row * width, weights ? weights[slot] : accumulate_t<scalar_t>(1)};
+  }
+  return count;
+}
+
+// sums += weight * row, of four rows at once or of one. Plain loops over columns: they vectorise, conversions included.
+template <typename scalar_t, typename acc_t>
+MOE_HOST_DEVICE_INLINE void add_four(const WeightedRow<scalar_t>* rows, int64_t first, int64_t columns, acc_t* sums) {
+  const scalar_t *a = rows[0].row + first, *b = rows[1].row + first;
+  const scalar_t *c = rows[2].row + first, *d = rows[3].row + first;
+  const acc_t of_a = rows[0].weight, of_b = rows[1].weight, of_c = rows[2].weight, of_d = rows[3].weight;
+  for (int64_t i = 0; i < columns; ++i) {
+    acc_t sum = sums[i] + of_a * static_cast<acc_t>(a[i]);
+    sum += of_b * static_cast<acc_t>(b[i]);
+    sum += of_c * static_cast<acc_t>(c[i]);
+    sums[i] = sum + of_d * static_cast<acc_t>(d[i]);
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+MOE_HOST_DEVICE_INLINE void add_one(const WeightedRow<scalar_t>& row, int64_t first, int64_t columns, acc_t* sums) {
+  const scalar_t* a = row.row + first;
+  const acc_t of_a = row.weight;
+  for (int64_t i = 0; i < columns; ++i) sums[i] += of_a * static_cast<acc_t>(a[i]);
+}
+
+// output [width] = the weighted sum of the rows, added in their order.
+template <typename scalar_t>
+MOE_CPU_CLONES void sum_rows(const WeightedRow<scalar_t>* rows, int64_t count, int64_t width, scalar_t* output) {
+  using acc_t = accumulate_t<scalar_t>;
+  acc_t sums[kColumnBlock];
+  for (int64_t first = 0; first < width; first += kColumnBlock) {
+    const int64_t columns = std::min(kColumnBlock, width - first);
+    for (int64_t i = 0; i < columns; ++i) sums[i] = 0;
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) add_four(rows + j, first, columns, sums);
+    for (; j < count; ++j) add_one(rows[j], first, columns, sums);
+    for (int64_t i = 0; i < columns; ++i) output[first + i] = static_cast<scalar_t>(sums[i]);
+  }
+}
 
 template <typename scalar_t>
 void unpermute_rows(const scalar_t* input, const int32_t* slot_to_permuted, const accumulate_t<scalar_t>* weights,
                     scalar_t* output, const RowMaps& maps, int64_t width, int64_t begin, int64_t end) {
-  using acc_t = accumulate_t<scalar_t>;
-  acc_t sums[kColumnBlock];
+  std::vector<WeightedRow<scalar_t>> rows(maps.topk);
   for (int64_t token = begin; token < end; ++token) {
-    for (int64_t first = 0; first < width; first += kColumnBlock) {
-      const int64_t columns = std::min(kColumnBlock, width - first);
-      std::fill_n(sums, columns, acc_t(0));
-      for (int64_t j = 0; j < maps.topk; ++j) {
-        const int64_t slot = token * maps.topk + j;
-        const int64_t row = slot_to_permuted[slot];
-        if (row < 0 || row >= maps.num_rows) continue;
-        const acc_t weight = weights ? weights[slot] : acc_t(1);
-        const scalar_t* source = input + row * width + first;
-        for (int64_t c = 0; c < columns; ++c) sums[c] += weight * static_cast<acc_t>(source[c]);
-      }
-      scalar_t* destination = output + token * width + first;
-      for (int64_t c = 0; c < columns; ++c) destination[c] = static_cast<scalar_t>(sums[c]);
-    }
+    const int64_t count = rows_of_token(input, slot_to_permuted, weights, maps, width, token, rows.data());
+    sum_rows(rows.data(), count, width, output + token * width);
   }
+}
+
+// Columns of one slot: weight * gradient into `scaled`, and gradient * input added to the partial sums of the dot.
+// Independent partial sums: vectorisable, and the same order for any number of threads.
+constexpr int64_t kLanes = 16;
+
+template <typename scalar_t, typename acc_t>
+MOE_CPU_CLONES void scale_columns(const scalar_t* gradient, const scalar_t* input, acc_t weight, int64_t columns,
+                                  scalar_t* scaled, acc_t* partial) {
+  acc_t products[kColumnBlock];
+  for (int64_t c = 0; c < columns; ++c) {
+    const acc_t value = static_cast<acc_t>(gradient[c]);
+    products[c] = value * static_cast<acc_t>(input[c]);
+    scaled[c] = static_cast<scalar_t>(weight * value);
+  }
+  acc_t sums[kLanes] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) sums[l] += products[c + l];
+  }
+  for (int64_t l = 0; c < columns; ++c, ++l) sums[l] += products[c];
+  for (int64_t l = 0; l < kLanes; ++l) partial[l] += sums[l];
 }
 
 // One slot: its row's gradient is weight * grad_output[token], its weight's gradient the dot of the two rows.
 template <typename scalar_t>
 accumulate_t<scalar_t> slot_backward(const scalar_t* grad_output, const scalar_t* input, scalar_t* grad_input,
-                                     accumulate_t<scalar_t> weight, int64_t width) {
+                                     accumulate_t<scalar_t> weight, int64_t width, const RowWriter& writer) {
   using acc_t = accumulate_t<scalar_t>;
-  // Independent partial sums: vectorisable, and the same order for any number of threads.
-  constexpr int kLanes = 16;
-  acc_t partial[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const acc_t gradient = static_cast<acc_t>(grad_output[c + lane]);
-      partial[lane] += gradient * static_cast<acc_t>(input[c + lane]);
-      grad_input[c + lane] = static_cast<scalar_t>(weight * gradient);
+  acc_t partial[kLanes] = {}, dot = 0;
+  alignas(64) scalar_t staged[kColumnBlock];
+  for (int64_t first = 0; first < width; first += kColumnBlock) {
+    const int64_t columns = std::min(kColumnBlock, width - first);
+    scalar_t* scaled = writer.streamed() ? staged : grad_input + first;
+    scale_columns(grad_output + first, input + first, weight, columns, scaled, partial);
+    if (writer.streamed()) {
+      writer.write(grad_input + first, staged, columns * static_cast<int64_t>(sizeof(scalar_t)));
     }
   }
-  acc_t dot = 0;
-  for (; c < width; ++c) {
-    const acc_t gradient = static_cast<acc_t>(grad_output[c]);
-    dot += gradient * static_cast<acc_t>(input[c]);
-    grad_input[c] = static_cast<scalar_t>(weight * gradient);
-  }
-  for (int lane = 0; lane < kLanes; ++lane) dot += partial[lane];
+  for (int64_t l = 0; l < kLanes; ++l) dot += partial[l];
   return dot;
 }
 
@@ -71,7 +132,7 @@ Tensor unpermute(const Tensor& input, const Tensor& permuted_to_slot, const Tens
   const std::optional<Tensor> weights =
       topk_weights.has_value() ? std::optional(torch::stable::contiguous(*topk_weights)) : std::nullopt;
   const int64_t width = input.size(1);
-  Tensor output = torch::stable::new_empty(input, {maps.num_tokens, width});
+  Tensor output = new_empty_large(input, {maps.num_tokens, width});
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
@@ -96,7 +157,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const T
   const Tensor slot_of_row = torch::stable::contiguous(permuted_to_slot);
   const Tensor weights = torch::stable::contiguous(topk_weights);
   const int64_t width = input.size(1);
-  Tensor grad_input = torch::stable::new_empty(input, {maps.num_rows, width});
+  Tensor grad_input = new_empty_large(input, {maps.num_rows, width});
   // Dropped slots have no row: their weight gradient stays zero.
   Tensor grad_weights = torch::stable::new_zeros(topk_weights, {maps.num_tokens, maps.topk});
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {
@@ -108,16 +169,19 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const T
     const auto* weight = weights.const_data_ptr<acc_t>();
     auto* grad_row = grad_input.mutable_data_ptr<scalar_t>();
     auto* grad_weight = grad_weights.mutable_data_ptr<acc_t>();
-    parallel_rows(maps.num_rows, 3 * width * static_cast<int64_t>(sizeof(scalar_t)), [&](int64_t begin, int64_t end) {
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(scalar_t));
+    const RowWriter writer(grad_row, maps.num_rows, row_bytes);
+    parallel_rows(maps.num_rows, 3 * row_bytes, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t slot = slot_map[row];
         if (slot < 0 || slot >= maps.num_slots) {
-          std::fill_n(grad_row + row * width, width, scalar_t(0));
+          writer.zero(grad_row + row * width);
           continue;
         }
         grad_weight[slot] = slot_backward(grad + slot / maps.topk * width, source + row * width, grad_row + row * width,
-                                          weight[slot], width);
+                                          weight[slot], width, writer);
       }
+      writer.finish();
     });
   });
   return {grad_input, grad_weights};

@@ -1,0 +1,75 @@
+// Rows written past the caches: an output larger than they are would only push everything else out, and an ordinary
+// store first reads the line it overwrites. On x86-64; elsewhere an ordinary copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "host_device.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+namespace moe_ext::cpu {
+
+constexpr int64_t kStreamedBytes = 16 << 20;  // outputs from here on do not fit beside the inputs in a last-level cache
+
+class RowWriter {
+ public:
+  RowWriter(const void* output, int64_t num_rows, int64_t row_bytes) : row_bytes_(row_bytes) {
+#ifdef __SSE2__
+    streamed_ = num_rows * row_bytes >= kStreamedBytes && row_bytes % kVectorBytes == 0 &&
+                reinterpret_cast<uintptr_t>(output) % kVectorBytes == 0;
+#endif
+  }
+
+  bool streamed() const { return streamed_; }
+
+  void copy(void* row, const void* source) const { write(row, source, row_bytes_); }
+
+  // Part of a row; where the rows are streamed, its place and size are multiples of 16 bytes.
+  void write(void* destination, const void* source, int64_t bytes) const {
+#ifdef __SSE2__
+    if (streamed_) {
+      auto* to = static_cast<__m128i*>(destination);
+      const auto* from = static_cast<const __m128i*>(source);
+      for (int64_t i = 0; i < bytes / kVectorBytes; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
+      return;
+    }
+#endif
+    std::memcpy(destination, source, bytes);
+  }
+
+  void zero(void* row) const {
+#ifdef __SSE2__
+    if (streamed_) {
+      auto* to = static_cast<__m128i*>(row);
+      for (int64_t i = 0; i < row_bytes_ / kVectorBytes; ++i) _mm_stream_si128(to + i, _mm_setzero_si128());
+      return;
+    }
+#endif
+    std::memset(row, 0, row_bytes_);
+  }
+
+  // Each thread, when its rows are written: orders streamed stores before whatever comes next.
+  void finish() const {
+#ifdef __SSE2__
+    if (streamed_) _mm_sfence();
+#endif
+  }
+
+ private:
+  static constexpr int64_t kVectorBytes = 16;
+  int64_t row_bytes_;
+  bool streamed_ = false;
+};
+
+// Asks for a row that is read soon.
+MOE_HOST_DEVICE_INLINE void prefetch_row(const void* row, int64_t bytes) {
+#if defined(__GNUC__)
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
+#endif
+}
+
+}  // namespace moe_ext::cpu
