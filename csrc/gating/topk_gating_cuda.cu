@@ -79,7 +79,7 @@ __device__ float raw_weights(const SlotMemory& slots, const scalar_t* row, Softm
 }
 
 template <typename scalar_t, typename Layout>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+__global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     topk_gating_kernel(const scalar_t* __restrict__ logits, const float* __restrict__ selection_bias,
                        const bool* __restrict__ expert_mask, uint32_t* workspace, float* __restrict__ topk_weights,
                        int32_t* __restrict__ topk_ids, int64_t workspace_stride, int words_of_slots,
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kGateThreads, kGateBlocks)
 }
 
 template <typename scalar_t, typename Layout>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+__global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     topk_gating_backward_kernel(const float* __restrict__ grad_topk_weights, const scalar_t* __restrict__ logits,
                                 const int32_t* __restrict__ topk_ids, const bool* __restrict__ expert_mask,
                                 scalar_t* __restrict__ grad_logits, int words_of_slots, GateOptions options) {
