@@ -23,6 +23,7 @@ from . import (
     memory,
     report,
     scaling,
+    tune_tiles,
 )
 from .case import Cases, Context
 from .timing import Timer
@@ -49,6 +50,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         "bfloat16 on a CPU")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
+    parser.add_argument("--tune-tiles", action="store_true", help="time every compiled sm_90a tile on the shapes of "
+                        "table B instead, and write which is fastest and which the cost model chooses")  # fmt: skip
     parser.add_argument(
         "--markdown", type=Path, nargs="+", metavar="JSON", help="print result files as Markdown and end"
     )
@@ -142,10 +145,28 @@ def run(options: argparse.Namespace) -> Path:
     return path
 
 
+def run_tuner(options: argparse.Namespace) -> Path:
+    """The tile sweep; returns the JSON file, which --markdown prints as a table."""
+    context = Context("cuda", "gpu", [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES["gpu"]])
+    if not torch.cuda.is_available():
+        raise SystemExit("--tune-tiles: no GPU: torch.cuda.is_available() is False")
+    timer = Timer("cuda", options.rounds, SECONDS_PER_CASE["gpu"])
+    tiles = tune_tiles.tune(context, timer.compare)
+    about = machine.describe("cuda")
+    path = options.out / f"{about['gpu'].lower().replace(' ', '-')}-tiles.json"
+    report.write_json(path, about, [], {"command": " ".join(["python -m bench", *sys.argv[1:]]), "tiles": tiles})
+    print("\n".join(report.tile_table(tiles)))
+    print(f"{len(tiles)} products in {path}")
+    return path
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.markdown:
         print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.markdown))
+        return
+    if options.tune_tiles:
+        run_tuner(options)
         return
     try:
         import rich  # noqa: F401

@@ -62,4 +62,10 @@ def row_cases(context: Context, shape: LayerShape, dtype: torch.dtype) -> Cases:
     def peer_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(index_add(leaf, weight_leaf.flatten()[slots]), (leaf, weight_leaf), grad)
 
-    yield make("unpermute_backward", "forward+backward", ours_backward, {"index_add": peer_backward}, 3 * bytes_moved)
+    yield make(
+        "unpermute_backward",
+        "forward+backward",
+        ours_backward,
+        {"index_add": peer_backward},
+        float(row_bytes * (3 * ids.numel() + 2 * shape.num_tokens)),
+    )

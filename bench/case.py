@@ -52,7 +52,7 @@ class Case:
                 raise AssertionError(
                     f"{self.op} {self.name}: {name} returns {len(found)} tensors, ours {len(expected)}"
                 )
-            worst = max((_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+            worst = max((relative_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
             if not worst <= allowed:
                 raise AssertionError(
                     f"{self.op} {self.name} {self.direction}: {name} differs from ours by {worst:.3g}, "
@@ -121,7 +121,7 @@ def _tensors(result: Any) -> list[Tensor]:
     return [x for item in result for x in _tensors(item)]
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
     # float32 is enough for a relative difference of 1e-4, and weight gradients are too many for float64 copies.
     norm, a, b = torch.linalg.vector_norm, a.detach().float(), b.detach().float()
     scale = norm(b).item()

@@ -48,12 +48,27 @@ def run_layer(dtype: torch.dtype, num_tokens: int, hidden_size: int, intermediat
     torch.cuda.synchronize()
 
 
+def run_gates(num_tokens: int, num_experts: int, dtype: torch.dtype) -> None:
+    """Gates, losses and a plan, on rows of every length that the kernels tell apart."""
+    topk = min(6, num_experts)
+    logits = torch.randn(num_tokens, num_experts, device="cuda").to(dtype).requires_grad_()
+    weights, ids = moe_ext.topk_gating(logits, topk, renormalize=True)
+    chosen, _ = moe_ext.expert_choice_gating(logits, 3)
+    balance, z, _ = moe_ext.router_losses(logits, ids)
+    moe_ext.routing_plan(ids, num_experts, row_alignment=16)
+    (weights.square().sum() + chosen.sum() + balance + z).backward()
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         run_layer(dtype, 37, 24, 40)  # aligned: tensor cores for 16 bits
         run_layer(dtype, 5, 17, 13)  # unaligned: the portable kernels
         run_layer(dtype, 9, 136, 72)  # few rows per expert: the decoding kernel, with tails along both axes
         run_layer(dtype, 1, 8, 8)
+    for num_experts in (8, 30, 31, 64, 128, 256, 384, 501, 1024, 1100):
+        run_gates(37, num_experts, torch.bfloat16)
+    run_gates(3000, 16, torch.float32)  # a plan of several blocks
     print("every op ran")
 
 

@@ -131,6 +131,31 @@ def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], 
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def tile_summary(rows: list[dict[str, Any]]) -> str:
+    right = sum(row["best"] == row["chosen"] for row in rows)
+    mean = sum(row["regret"] for row in rows) / max(len(rows), 1)
+    worst = max((row["regret"] for row in rows), default=0.0)
+    return (f"The model chose the fastest tile for {right} of {len(rows)} products; "
+            f"regret {100 * mean:.1f}% on average, {100 * worst:.1f}% at most.")  # fmt: skip
+
+
+def tile_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The choice table: a column for each tile, the fastest in bold, the model's choice with a star."""
+    tiles = list(rows[0]["seconds"]) if rows else []
+    lines = [tile_summary(rows), "",
+             "| shape | direction | " + " | ".join(tiles) + " | TFLOP/s | regret |",
+             "|---|---|" + "---|" * (len(tiles) + 2)]  # fmt: skip
+    for row in rows:
+        cells = []
+        for tile in tiles:
+            text = time_text(row["seconds"][tile])
+            text = f"**{text}**" if tile == row["best"] else text
+            cells.append(text + (" *" if tile == row["chosen"] else ""))
+        lines.append(f"| {row['shape']} | {row['direction']} | " + " | ".join(cells) +
+                     f" | {row['best_flops_per_second'] / 1e12:.0f} | {100 * row['regret']:.1f}% |")  # fmt: skip
+    return [*lines, ""]
+
+
 def markdown(path: Path) -> str:
     """A result file as Markdown tables."""
     result = json.loads(path.read_text())
@@ -149,6 +174,8 @@ def markdown(path: Path) -> str:
             f"{training['seconds']:.0f} s.",
             "",
         ]
+    if tiles := result.get("tiles"):
+        lines += ["### Tiles of the grouped products", "", *tile_table(tiles)]
     for title, columns, mine in split(result["rows"]):
         lines += [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(cells(row))} |" for row in mine]

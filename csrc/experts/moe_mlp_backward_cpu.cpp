@@ -5,7 +5,6 @@
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
 #include "../common/optional_tensor.h"
-#include "../common/reused_memory.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "down_gradient.h"
 #include "expert_pipeline.h"
@@ -68,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const auto num_groups = static_cast<int64_t>(groups.size());
   const GemmKernels& kernels = choose_kernels(dtype, dtype);
 
-  Tensor grad_gate_up = new_empty_reused(input, {num_experts, enk ? width : hidden, enk ? hidden : width}, dtype);
-  Tensor grad_down = new_empty_reused(input, {num_experts, enk ? hidden : inner, enk ? inner : hidden}, dtype);
+  Tensor grad_gate_up = new_empty_large(input, {num_experts, enk ? width : hidden, enk ? hidden : width}, dtype);
+  Tensor grad_down = new_empty_large(input, {num_experts, enk ? hidden : inner, enk ? inner : hidden}, dtype);
   Tensor grad_rows = new_empty_large(input, {num_rows, hidden});
   // Dropped slots have no row: their weight gradient stays zero.
   Tensor grad_weights = torch::stable::new_zeros(input, {weights ? maps.num_tokens : 0, topk}, router_dtype(dtype));

@@ -33,7 +33,7 @@ __device__ float score_of(ScoreFunction function, float logit, SoftmaxRow<float>
 __device__ uint32_t key_of(float score) { return ordered_key(score + 0.f); }
 
 template <typename scalar_t, typename Layout>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+__global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     stats_kernel(const scalar_t* __restrict__ logits, SoftmaxRow<float>* __restrict__ stats, ExpertChoiceShape shape) {
   const int num_experts = static_cast<int>(shape.num_experts);
   const int64_t token = Layout::first_token();
@@ -177,7 +177,7 @@ struct ChosenGradients<Layout, true> {
 };
 
 template <typename scalar_t, typename Layout>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+__global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     expert_choice_backward_kernel(const float* __restrict__ grad_topk_weights, const scalar_t* __restrict__ logits,
                                   const int32_t* __restrict__ topk_ids, scalar_t* __restrict__ grad_logits,
                                   ExpertChoiceShape shape) {

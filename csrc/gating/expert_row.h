@@ -14,9 +14,6 @@ namespace moe_ext::cuda {
 
 constexpr int kGateWarps = 4;
 constexpr int kGateThreads = kGateWarps * kWarpSize;
-// Blocks per multiprocessor that launch bounds ask for: few, since without a number ptxas spills a register or two to
-// get the next block in.
-constexpr int kGateBlocks = 3;
 constexpr int64_t kMaxRegisterExperts = 1024;
 constexpr int kRowVector = 4;
 // Bounds the workspace of kernels that keep one row per warp in memory.
@@ -28,6 +25,9 @@ struct RowLayout {
   static constexpr int rows_per_warp = kWarpSize / lanes;
   static constexpr int rows_per_block = kGateWarps * rows_per_warp;
   static constexpr bool wide = per_lane == 0;
+  // Blocks per multiprocessor that launch bounds ask for: few, since without a number ptxas spills a register or two to
+  // get the next block in.
+  static constexpr int blocks = per_lane == 32 && width == 1 ? 2 : 3;
 
   __device__ static int lane() { return threadIdx.x % lanes; }
   __device__ static int row_of_block() { return threadIdx.x / lanes; }

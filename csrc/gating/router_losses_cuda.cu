@@ -130,7 +130,7 @@ struct LossSums {
 };
 
 template <typename scalar_t, typename Layout>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+__global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     loss_kernel(const scalar_t* __restrict__ logits, const bool* __restrict__ token_mask,
                 const int32_t* __restrict__ tokens_per_expert, const int32_t* __restrict__ num_counted,
                 LossSums* partial, int32_t* finished_blocks, float* __restrict__ balance_loss,
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kGateThreads, kGateBlocks)
 }
 
 template <typename scalar_t, typename Layout>
-__global__ void __launch_bounds__(kGateThreads, kGateBlocks)
+__global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     router_losses_backward_kernel(const float* __restrict__ grad_balance_loss, const float* __restrict__ grad_z_loss,
                                   const scalar_t* __restrict__ logits, const int32_t* __restrict__ tokens_per_expert,
                                   const int32_t* __restrict__ num_counted, const bool* __restrict__ token_mask,

@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "../common/cpu_parallel.h"
+#include "../common/huge_pages.h"
 #include "../common/optional_tensor.h"
-#include "../common/reused_memory.h"
 #include "tiled_gemm.h"
 
 namespace moe_ext::cpu {
@@ -25,7 +25,7 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
   // An expert's gradient is left^T @ right, [left_width, right_width].
   const int64_t left_width = enk ? shape.out_features : shape.in_features;
   const int64_t right_width = enk ? shape.in_features : shape.out_features;
-  Tensor grad_weight = new_empty_reused(input, {shape.num_experts, left_width, right_width}, shape.out_dtype);
+  Tensor grad_weight = new_empty_large(input, {shape.num_experts, left_width, right_width}, shape.out_dtype);
 
   const auto size = static_cast<int64_t>(input.element_size());
   const int64_t expert_bytes = left_width * right_width * static_cast<int64_t>(grad_weight.element_size());

@@ -34,6 +34,10 @@ py::list sm90_tiles() {
   return tiles;
 }
 
+std::string choose_sm90_tile(int64_t groups, int64_t rows, int64_t columns, int64_t multiprocessors) {
+  return moe_ext::kSm90Tiles[moe_ext::choose_sm90_tile(groups, rows, columns, multiprocessors)].name;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -42,4 +46,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("sm90_tiles", &sm90_tiles,
         "The tiles of the sm_90a grouped GEMM that MOE_EXT_SM90_TILE can force: name, rows, columns, cluster, stages "
         "(0: chosen by CUTLASS).");
+  m.def("choose_sm90_tile", &choose_sm90_tile, py::arg("groups"), py::arg("rows"), py::arg("columns"),
+        py::arg("multiprocessors"),
+        "The tile that runs `groups` products whose result is, on average, rows x columns.");
 }
