@@ -1,8 +1,8 @@
 // moe_mlp and its backward on CUDA: the composition of moe_mlp_compose.h.
-// Launches, beside the zeroing of rows of no expert: on sm_90a in 16 bits two products, which gather and activate, and
-//   the weighted sum; backward four products, which gather and differentiate, the sum of dot products, the sum to
-//   tokens. Elsewhere gather, product, activation, product, weighted sum; backward two gathers, four products, the row
-//   kernel, the sum to tokens. Bound: the grouped products (tensor cores), or reading the weights when rows are few.
+// Launches: on sm_90a in 16 bits two products, which gather and activate, and the weighted sum; backward four products,
+//   which gather and differentiate, the sum of dot products, the sum to tokens. Elsewhere gather, product, activation,
+//   product, weighted sum; backward two gathers, four products, the row kernel, the sum to tokens. Bound: the grouped
+//   products (tensor cores), or reading the weights when rows are few.
 #include "moe_mlp.h"
 
 #include <torch/csrc/stable/library.h>

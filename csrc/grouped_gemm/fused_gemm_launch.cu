@@ -2,7 +2,6 @@
 #include "fused_gemm.h"
 #include "kernel_choice.h"
 #include "sm90/products.h"
-#include "zero_rows.h"
 
 namespace moe_ext {
 namespace {
@@ -35,18 +34,8 @@ const char* launch_fused_grouped_gemm(const FusedGemmArgs& args) {
   const Differentiation& to = args.differentiation;
   const int tile = pick_tile(args), multiprocessors = read_device(gemm.device).multiprocessors;
   const int mode = static_cast<int>(args.mode), layout = static_cast<int>(gemm.layout);
-  const int64_t bytes = element_bytes(gemm.dtype);
-  const auto zero = [&](void* output, int64_t columns) {
-    if (output) zero_rows_of_no_expert(output, columns * bytes, gemm, multiprocessors);
-  };
-  if (to.pre_activation) {
-    zero(to.grad_pre_activation, args.mode == cuda::RowMode::kPlain ? gemm.n : 2 * gemm.n);
-    zero(to.scaled, gemm.n);
-    return sm90::differentiated_of(gemm.dtype)[mode][layout](args, multiprocessors);
-  }
-  zero(gemm.output, gemm.n);
+  if (to.pre_activation) return sm90::differentiated_of(gemm.dtype)[mode][layout](args, multiprocessors);
   if (!args.activated) return sm90::products_of(tile, gemm.dtype).store[layout](args, multiprocessors);
-  zero(args.activated, columns_of_output(args));
   return sm90::activated_of(tile, gemm.dtype)[mode][layout](args, multiprocessors);
 #else
   return "no sm_90a kernels in this build";

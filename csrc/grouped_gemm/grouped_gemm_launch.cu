@@ -102,18 +102,15 @@ size_t grouped_gemm_workspace_bytes(int64_t num_experts, int device) {
 const char* launch_grouped_gemm(const GroupedGemmArgs& args) {
   if (args.max_rows == 0 || args.n == 0) return nullptr;
   const DeviceProperties device = read_device(args.device);
-  zero_rows_of_no_expert(args.output, args.n * element_bytes(args.dtype), args, device.multiprocessors);
-  if (args.k == 0 || !fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.weight, args.output})) {
-    simt::grouped_gemm(args, device.multiprocessors);
-    return nullptr;
-  }
+  const bool fits = args.k > 0 && fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.weight, args.output});
 #ifdef MOE_EXT_HAS_SM90
   const int tile = pick_sm90_tile(device, args.num_experts, ceil_div(args.max_rows, args.num_experts), args.n);
-  if (tile >= 0) {
+  if (fits && tile >= 0) {
     return sm90::products_of(tile, args.dtype).store[static_cast<int>(args.layout)]({args}, device.multiprocessors);
   }
 #endif
-  const CutlassKernel kernel = pick_forward(device, args.layout, args.dtype);
+  zero_rows_of_no_expert(args, device.multiprocessors);
+  const CutlassKernel kernel = fits ? pick_forward(device, args.layout, args.dtype) : nullptr;
   if (!kernel) {
     simt::grouped_gemm(args, device.multiprocessors);
     return nullptr;
@@ -131,19 +128,16 @@ const char* launch_grouped_gemm_wgrad(const GroupedWgradArgs& args) {
   const DeviceProperties device = read_device(args.device);
   const bool nk = args.layout == WeightLayout::kENK;
   const int64_t rows = nk ? args.n : args.k, columns = nk ? args.k : args.n;
-  if (args.max_rows == 0 ||
-      !fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.grad_output, args.grad_weight})) {
-    simt::grouped_gemm_wgrad(args, device.multiprocessors);
-    return nullptr;
-  }
+  const bool fits = args.max_rows > 0 &&
+                    fits_tensor_cores(args.dtype, args.n, args.k, {args.input, args.grad_output, args.grad_weight});
 #ifdef MOE_EXT_HAS_SM90
   const int tile = pick_sm90_tile(device, args.num_experts, rows, columns);
-  if (tile >= 0) {
+  if (fits && tile >= 0) {
     const sm90::Products& products = sm90::products_of(tile, args.dtype);
     return (args.float32_output ? products.wgrad_fp32 : products.wgrad)(args, {}, device.multiprocessors);
   }
 #endif
-  const CutlassKernel kernel = pick_wgrad(device, args.dtype, args.float32_output);
+  const CutlassKernel kernel = fits ? pick_wgrad(device, args.dtype, args.float32_output) : nullptr;
   if (!kernel) {
     simt::grouped_gemm_wgrad(args, device.multiprocessors);
     return nullptr;

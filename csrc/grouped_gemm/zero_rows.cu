@@ -45,7 +45,9 @@ using Word16 = Vector<uint32_t, 4>;
 
 }  // namespace
 
-void zero_rows_of_no_expert(void* output, int64_t row_bytes, const GroupedGemmArgs& args, int multiprocessors) {
+void zero_rows_of_no_expert(const GroupedGemmArgs& args, int multiprocessors) {
+  const int64_t row_bytes = args.n * (args.dtype == GemmDtype::kFloat32 ? 4 : 2);
+  void* const output = args.output;
   const unsigned blocks = multiprocessors * kZeroBlocksPerMultiprocessor;
   const bool aligned = row_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(output) % 16 == 0;
   if (aligned) {

@@ -64,6 +64,7 @@ inline void store_shared(void* shared, float first, float second) {
 }
 inline void store_shared_16(void* shared, const Chunk& value) { store_shared_bytes(shared, &value, 16); }
 Chunk load_shared_16(const void* shared);
+inline void store_global_16(void* global, const Chunk& value) { *static_cast<Chunk*>(global) = value; }
 
 template <typename Element>
 uint32_t pack(float first, float second) {

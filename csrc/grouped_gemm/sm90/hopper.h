@@ -117,6 +117,13 @@ __device__ inline Chunk load_shared_16(const void* shared) {
   return value;
 }
 
+// One 16-byte store to device memory, which the compiler would not always make of a struct.
+__device__ inline void store_global_16(void* global, const Chunk& value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.words[0]), "r"(value.words[1]),
+               "r"(value.words[2]), "r"(value.words[3])
+               : "memory");
+}
+
 // Two floats to two 16-bit elements, round to nearest even; the first in the low half.
 template <typename Element>
 __device__ inline uint32_t pack(float first, float second) {

@@ -28,7 +28,7 @@ struct ProductArguments {
   int64_t rows;      // of D inside one expert; wgrad only
   int64_t columns;   // of D; under a concatenated gate and up, of each of the two
   int64_t depth;     // forward only
-  void* output;      // D, for rows that no TMA store can write; null: D is not kept
+  void* output;      // forward: D again, for rows that no TMA store can write; null: D is not kept
   const void* bias;  // [E, width of D] or null; forward only
   RowGather gather;
   cuda::DeviceActivation activation;

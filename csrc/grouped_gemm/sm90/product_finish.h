@@ -80,8 +80,8 @@ __device__ void copy_rows(const char* buffer, Output* output, int64_t leading, i
   for (int i = 0; i < kPieceRows * kRowChunks / kWarpgroup; ++i) {
     const int row = (i * kWarpgroup + thread) / kRowChunks, chunk = thread % kRowChunks;
     if (row < rows && chunk * kChunkElements < columns) {
-      *reinterpret_cast<Chunk*>(output + row * leading + chunk * kChunkElements) =
-          load_shared_16(buffer + swizzled(row, chunk * 16));
+      store_global_16(output + row * leading + chunk * kChunkElements,
+                      load_shared_16(buffer + swizzled(row, chunk * 16)));
     }
   }
 }
@@ -145,10 +145,10 @@ __device__ void unpack(const Chunk& packed, float* values) {
 }
 
 template <typename Element>
-__device__ Vector<Element, 8> packed(const float (&values)[8]) {
-  Vector<Element, 8> result;
+__device__ Chunk packed(const float (&values)[8]) {
+  Chunk result;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) result.values[i] = static_cast<Element>(values[i]);
+  for (int i = 0; i < 4; ++i) result.words[i] = pack<Element>(values[2 * i], values[2 * i + 1]);
   return result;
 }
 
@@ -215,8 +215,8 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
       float value[8];
       cuda::GateUpVector<8> derivative;
       cuda::evaluate<kMode>(arguments.activation, x, value, derivative);
-      *reinterpret_cast<Vector<Element, 8>*>(static_cast<Element*>(arguments.activated) +
-                                             (row + row_in_piece) * out_width + out_column) = packed<Element>(value);
+      store_global_16(static_cast<Element*>(arguments.activated) + (row + row_in_piece) * out_width + out_column,
+                      packed<Element>(value));
     }
   }
 }
@@ -283,7 +283,7 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
           if constexpr (Config::kMode != cuda::RowMode::kPlain) derivative.up[e] *= weight[i] * grad[e];
         }
       }
-      static_cast<Packed*>(to.scaled)[m * row_vectors + vector] = packed<Element>(scaled);
+      store_global_16(static_cast<Packed*>(to.scaled) + m * row_vectors + vector, packed<Element>(scaled));
       auto* gradient = static_cast<Packed*>(to.grad_pre_activation) + m * row_vectors * kParts;
       cuda::store_gate_up<Config::kMode>(gradient, vector, row_vectors, derivative);
     }
@@ -298,6 +298,39 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
   }
 }
 
+// Zeroes the rows of no expert, before the first group and past the last, in `data` [max_rows, row_elements]: the math
+// threads of all blocks together.
+template <typename Element>
+__device__ void zero_rows_of_no_expert(const ProductArguments& arguments, void* data, int64_t row_elements) {
+  const int64_t begin = rows_of_expert(arguments.expert_offsets, 0, arguments.max_rows).begin;
+  const int64_t last = rows_of_expert(arguments.expert_offsets, arguments.num_experts - 1, arguments.max_rows).end;
+  const int64_t end = last < begin ? begin : last;
+  const int64_t row_chunks = row_elements * static_cast<int>(sizeof(Element)) / 16;
+  const int64_t head = begin * row_chunks, total = (begin + arguments.max_rows - end) * row_chunks;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kMathThreads + threadIdx.x - kWarpgroup;
+  for (int64_t i = first; i < total; i += static_cast<int64_t>(gridDim.x) * kMathThreads) {
+    store_global_16(static_cast<Chunk*>(data) + (i < head ? i : arguments.max_rows * row_chunks - total + i), Chunk{});
+  }
+}
+
+template <typename Config>
+__device__ void zero_idle_outputs(const ProductArguments& arguments) {
+  using Element = typename Config::Element;
+  if constexpr (Config::kFinish == Finish::kDifferentiate) {
+    constexpr int kParts = Config::kMode == cuda::RowMode::kPlain ? 1 : 2;
+    zero_rows_of_no_expert<Element>(arguments, arguments.differentiation.scaled, arguments.columns);
+    zero_rows_of_no_expert<Element>(arguments, arguments.differentiation.grad_pre_activation,
+                                    kParts * arguments.columns);
+  } else {
+    const int64_t width = Config::kPairsColumns ? 2 * arguments.columns : arguments.columns;
+    if (arguments.output) zero_rows_of_no_expert<Element>(arguments, arguments.output, width);
+    if constexpr (Config::kFinish == Finish::kActivate) {
+      constexpr int kParts = Config::kMode == cuda::RowMode::kPlain ? 1 : 2;
+      zero_rows_of_no_expert<Element>(arguments, arguments.activated, width / kParts);
+    }
+  }
+}
+
 template <typename Config>
 __device__ void compute(const ProductArguments& arguments, const SharedMemory<Config>& shared, int warpgroup) {
   const MathThread self = {warpgroup, static_cast<int>(threadIdx.x) % kWarpgroup,
@@ -305,6 +338,7 @@ __device__ void compute(const ProductArguments& arguments, const SharedMemory<Co
                            Config::kSplitsColumns ? warpgroup * Config::kWarpgroupColumns : 0};
   Staging staging = {shared.staging + warpgroup * 2 * kPieceBytes, kFirstWarpgroupBarrier + warpgroup, self.thread};
   RingPosition<Config::kStages> position;
+  if constexpr (!Config::kWgrad) zero_idle_outputs<Config>(arguments);
   WorkQueue<Config> queue(arguments);
   for (Work work; queue.next(&work);) {
     float accumulators[Config::kWarpgroupColumns / 2];
