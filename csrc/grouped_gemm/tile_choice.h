@@ -19,8 +19,9 @@ struct Sm90Tile {
                           // 0: never chosen, only forced
 };
 
-// Clusters of one block: no multicast, so nothing ties a block's tile to the group of its neighbour's; CUTLASS's row has
-// it. In the order of products.h. The first two columns and the stages are repeated in cmake/GroupedGemmKernels.cmake.
+// Clusters of one block: no multicast, so nothing ties a block's tile to the group of its neighbour's; CUTLASS's row
+// has it. In the order of products.h. The first two columns and the stages are repeated in
+// cmake/GroupedGemmKernels.cmake.
 constexpr Sm90Tile kSm90Tiles[] = {
     {"128x256", 128, 256, 1, 4, 100},
     {"128x128", 128, 128, 1, 6, 85},
