@@ -12,7 +12,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 # Every how many of a family's tests run: co-prime to the numbers of parameters, so that all values occur.
 FAMILIES = {"grouped_gemm": 5, "experts": 11}
-CALL = "import torch, moe_ext; x = torch.ones(1, 2, 2); print(moe_ext.grouped_gemm(x[0], x, torch.tensor([0, 2]).int(), weight_layout='enk').sum().item())"  # noqa: E501
+CALL = "import torch, moe_ext; x = torch.ones(1, 2, 2); print(moe_ext.grouped_gemm(x[0], x, torch.tensor([0, 2]).int(), weight_layout='enk').sum().item())"
 
 
 def run(isa: str, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,9 +27,7 @@ def test_family(family, isa):
     if "MOE_EXT_CPU_ISA: expected portable" in call.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert call.stdout == "8.0\n", call.stderr[-2000:]
-    tests = run(
-        isa, "-m", "pytest", "-q", "-x", str(TESTS / f"test_{family}.py"), MOE_EXT_SAMPLE=str(FAMILIES[family])
-    )
+    tests = run(isa, "-m", "pytest", "-q", "-x", str(TESTS / f"test_{family}.py"), MOE_EXT_SAMPLE=str(FAMILIES[family]))
     assert tests.returncode == 0, tests.stdout[-3000:] + tests.stderr[-2000:]
     print(tests.stdout.splitlines()[-1])
 

@@ -252,6 +252,32 @@ def test_same_bits_for_any_number_of_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("in_features, out_features", [(1, 9), (9, 1), (1, 1), (300, 1090)])
+def test_narrow_and_wide(in_features, out_features, layout, device):
+    """One column, whose rows and columns both look adjacent; a few rows whose columns fill many vectors."""
+    case = Case((20, in_features, out_features, 3, 2), "zipf", device=device, layout=layout, gather=True, bias=True)
+    case.check()
+    Case((9, in_features, out_features, 4, 2), device=device, layout=layout, gather=True, activation="swiglu").check()
+
+
+@pytest.mark.cpu
+def test_large_gradients_reuse_memory():
+    """A large output gets the pages of one that was freed: nothing of that one may show through."""
+    rows, offsets = make_rows(12, 1792, dtype=torch.float32), torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    first = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")
+    address, expected = first.data_ptr(), first[0].clone()
+    assert relative_error(expected, rows[:5].double().t() @ rows[:5].double()) < 1e-6
+    del first
+    offsets = torch.tensor([0, 0, 12, 12], dtype=torch.int32)
+    second = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")
+    assert second.data_ptr() == address
+    assert (second[[0, 2]] == 0).all()
+    assert relative_error(second[1], rows.double().t() @ rows.double()) < 1e-6
+    third = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")  # the second is still held
+    assert third.data_ptr() != address and torch.equal(third, second)
+
+
 # Unaligned in fp32, and as tensor cores take them; with the relative error that is allowed.
 KINDS = [(torch.float32, 5, 6, 1e-6), (torch.bfloat16, 8, 16, 4e-3), (torch.float16, 72, 264, 1e-3)]
 

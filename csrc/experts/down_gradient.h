@@ -33,8 +33,8 @@ class DownGradient {
         width_(width),
         blocks_(activation_blocks(spec, is_double_)) {}
 
-  // One tile of dA' = grad_tokens @ factor, and all of the above but the sum of the dots.
-  void run(const Matrix& grad_tokens, const Matrix& factor, const Rows& rows, const Tile& tile) const;
+  // One tile of dA', the product of dO and the weights, and all of the above but the sum of the dots.
+  void run(const Product& product, const Rows& rows, const Tile& tile) const;
   // grad_topk_weights [slot] of the expert's rows; `bias` is its down_bias, or null.
   void sum_dots(const Rows& rows, int64_t num_rows, const char* grad_output, const char* bias, int64_t hidden_size,
                 char* grad_topk_weights) const;

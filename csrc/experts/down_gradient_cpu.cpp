@@ -45,16 +45,16 @@ void sum_dots_of(const GemmKernels& kernels, const DownGradient::Rows& rows, con
 
 }  // namespace
 
-void DownGradient::run(const Matrix& grad_tokens, const Matrix& factor, const Rows& rows, const Tile& tile) const {
+void DownGradient::run(const Product& product, const Rows& rows, const Tile& tile) const {
   thread_local Buffers buffers;
   const int64_t element = kernels_.element_bytes, unit = kernels_.unit_bytes;
   const bool gated = activation_.gated(), interleaved = gated && activation_.interleaved;
   if (is_double_) {
-    load_weights<double>(rows, grad_tokens.gather, tile, buffers);
+    load_weights<double>(rows, product.left.gather, tile, buffers);
   } else {
-    load_weights<float>(rows, grad_tokens.gather, tile, buffers);
+    load_weights<float>(rows, product.left.gather, tile, buffers);
   }
-  multiply_tile({grad_tokens, factor}, tile, kernels_, [&](const TileSums& sums) {
+  multiply_tile(product, tile, kernels_, [&](const TileSums& sums) {
     constexpr int64_t kStride = 2 * kMaxPanelCols;
     auto* block = reinterpret_cast<char*>(buffers.pre_activation);
     const int64_t first = sums.col, stride = width_ * element;

@@ -16,7 +16,7 @@ namespace {
 // Outputs larger than the caches are written past them.
 constexpr int64_t kStreamedBytes = 64 << 20;
 
-enum Stage { kActivation, kDownWeight, kGateUpWeight, kInputRows, kRowSums };
+enum Stage : int32_t { kActivation, kDownWeight, kGateUpWeight, kInputRows, kRowSums };
 
 void clear_rows(Tensor& tensor, int64_t first, int64_t last) {
   const int64_t bytes = tensor.size(1) * static_cast<int64_t>(tensor.element_size());
@@ -80,9 +80,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   clear_unused_experts(grad_down, boundaries);
   const bool stream = static_cast<int64_t>(grad_gate_up.numel()) * size > kStreamedBytes;
 
-  const auto grid_of = [&](int64_t rows, int64_t cols) { return TileGrid(rows, cols, num_groups, kTileCols, kernels); };
-  const auto first_grid = [&](const Group& group) { return grid_of(group.rows, inner); };
-  const ExpertPipeline pipeline(groups, groups.empty() ? 0 : first_grid(groups.back()).count());
+  // What a stage multiplies; the rows that it reads or writes need no memory yet to be cut into tiles.
+  const auto product_of = [&](int32_t stage, const Group& group, const char* activated_rows,
+                              const char* grad_pre_rows) {
+    const Gather gather = gather_of(slots, group.begin, maps);
+    const Matrix grad_tokens = row_major(gradient.const_data_ptr(), group.rows, hidden, gather);
+    const Matrix input_tokens = row_major(tokens.const_data_ptr(), group.rows, hidden, gather);
+    const Matrix activations = row_major(activated_rows, group.rows, inner);
+    const Matrix grad_pre = row_major(grad_pre_rows, group.rows, width);
+    // An expert's weight gradient is grad^T @ rows (enk) or rows^T @ grad.
+    const auto weight_gradient = [&](const Matrix& in, const Matrix& grad) {
+      return enk ? Product{transposed(grad), in} : Product{transposed(in), grad};
+    };
+    switch (stage) {
+      case kActivation: return Product{grad_tokens, expert_factor(down, group.expert, backward_layout)};
+      case kDownWeight: return weight_gradient(activations, grad_tokens);
+      case kGateUpWeight: return weight_gradient(input_tokens, grad_pre);
+      default: return Product{grad_pre, expert_factor(gate_up, group.expert, backward_layout)};
+    }
+  };
+  const auto grid_of = [&](int32_t stage, const Group& group) {
+    return TileGrid(product_of(stage, group, nullptr, nullptr), num_groups, kernels);
+  };
+  const ExpertPipeline pipeline(groups, groups.empty() ? 0 : grid_of(kActivation, groups.back()).count());
   const int64_t panels = (inner + kernels.panel_cols - 1) / kernels.panel_cols;
   Tensor activated = new_empty_large(input, {pipeline.num_rows(), inner});
   Tensor grad_pre = new_empty_large(input, {pipeline.num_rows(), width});
@@ -105,46 +125,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   pipeline.fill(
       queue,
       [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
-        queue.add(kActivation, static_cast<int32_t>(index), first_grid(groups[index]), waits, done);
+        queue.add(kActivation, static_cast<int32_t>(index), grid_of(kActivation, groups[index]), waits, done);
       },
       [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
         const auto group = static_cast<int32_t>(index);
-        queue.add(kDownWeight, group, grid_of(grad_down.size(1), grad_down.size(2)), waits, done);
-        queue.add(kGateUpWeight, group, grid_of(grad_gate_up.size(1), grad_gate_up.size(2)), waits, done);
-        queue.add(kInputRows, group, grid_of(groups[index].rows, hidden), waits, done);
+        for (const int32_t stage : {kDownWeight, kGateUpWeight, kInputRows}) {
+          queue.add(stage, group, grid_of(stage, groups[index]), waits, done);
+        }
         queue.add(kRowSums, group, Tile{}, waits, done);
       });
   queue.run(2 * num_rows * hidden * (width + inner), [&](const TileQueue::Task& task) {
     const Group& group = groups[task.group];
     const Tile& tile = task.tile;
     const DownGradient::Rows rows = rows_of(task.group);
-    const Gather gather = gather_of(slots, group.begin, maps);
-    const Matrix grad_tokens = row_major(gradient.const_data_ptr(), group.rows, hidden, gather);
-    const Matrix input_tokens = row_major(tokens.const_data_ptr(), group.rows, hidden, gather);
-    const Matrix activated_rows = row_major(rows.activated, group.rows, inner);
-    const Matrix grad_pre_rows = row_major(rows.grad_pre_activation, group.rows, width);
-    const auto multiply = [&](const Matrix& left, const Matrix& right, char* output, bool past_caches) {
-      multiply_tile({left, right}, tile, kernels, [&](const TileSums& sums) {
-        const int64_t stride = right.cols * size;
+    const Product product = product_of(task.kind, group, rows.activated, rows.grad_pre_activation);
+    const auto write = [&](char* output, bool past_caches) {
+      multiply_tile(product, tile, kernels, [&](const TileSums& sums) {
+        const int64_t stride = product.right.cols * size;
         kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols, nullptr,
                        output + sums.row * stride + sums.col * size, stride, past_caches);
       });
     };
-    // An expert's weight gradient is grad^T @ rows (enk) or rows^T @ grad.
-    const auto weight_gradient = [&](const Matrix& in, const Matrix& grad, Tensor& output) {
-      const int64_t bytes = output.size(1) * output.size(2) * size;
-      multiply(transposed(enk ? grad : in), enk ? in : grad, data_of(output) + group.expert * bytes, stream);
-    };
     switch (task.kind) {
-      case kActivation:
-        down_gradient.run(grad_tokens, expert_factor(down, group.expert, backward_layout), rows, tile);
-        break;
-      case kDownWeight: weight_gradient(activated_rows, grad_tokens, grad_down); break;
-      case kGateUpWeight: weight_gradient(input_tokens, grad_pre_rows, grad_gate_up); break;
-      case kInputRows:
-        multiply(grad_pre_rows, expert_factor(gate_up, group.expert, backward_layout),
-                 data_of(grad_rows) + group.begin * hidden * size, false);
-        break;
+      case kActivation: down_gradient.run(product, rows, tile); break;
+      case kDownWeight: write(data_of(grad_down) + group.expert * hidden * inner * size, stream); break;
+      case kGateUpWeight: write(data_of(grad_gate_up) + group.expert * hidden * width * size, stream); break;
+      case kInputRows: write(data_of(grad_rows) + group.begin * hidden * size, false); break;
       case kRowSums: {
         const char* added = bias ? static_cast<const char*>(bias->const_data_ptr()) : nullptr;
         if (weights) {

@@ -49,10 +49,18 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
   clear_rows_of_no_expert(rows, hidden);
   if (save_pre_activation) clear_rows_of_no_expert(pre_activation, width);
 
-  const auto up_grid = [&](const Group& group) { return up.grid(group.rows, num_groups); };
+  const char* x = static_cast<const char*>(tokens.const_data_ptr());
+  const auto up_product = [&](const Group& group) {
+    return up.product(row_major(x, group.rows, hidden, gather_of(slots, group.begin, shape.maps)),
+                      expert_factor(gate_up, group.expert, layout));
+  };
+  const auto down_product = [&](const Group& group, const char* activated_rows) {
+    return Product{row_major(activated_rows, group.rows, inner), expert_factor(down, group.expert, layout)};
+  };
+  const auto up_grid = [&](const Group& group) { return TileGrid(up_product(group), num_groups, kernels); };
   const ExpertPipeline pipeline(groups, groups.empty() ? 0 : up_grid(groups.back()).count());
   Tensor activated = new_empty_large(input, {pipeline.num_rows(), inner});
-  const char* x = static_cast<const char*>(tokens.const_data_ptr());
+
   const char *added_up = bytes_of(up_bias), *added_out = bytes_of(out_bias);
   char* kept = save_pre_activation ? static_cast<char*>(pre_activation.mutable_data_ptr()) : nullptr;
   char *hot = static_cast<char*>(activated.mutable_data_ptr()), *out = static_cast<char*>(rows.mutable_data_ptr());
@@ -65,7 +73,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
         queue.add(kUp, static_cast<int32_t>(index), up_grid(groups[index]), waits, done);
       },
       [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
-        const TileGrid grid(groups[index].rows, hidden, num_groups, kTileCols, kernels);
+        const TileGrid grid(down_product(groups[index], nullptr), num_groups, kernels);
         queue.add(kDown, static_cast<int32_t>(index), grid, waits, done);
       });
   queue.run(num_rows * hidden * (width + inner), [&](const TileQueue::Task& task) {
@@ -73,15 +81,12 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
     const Tile& tile = task.tile;
     char* activated_rows = hot + pipeline.buffer_row(task.group) * inner * size;
     if (task.kind == kUp) {
-      const Matrix gathered = row_major(x, group.rows, hidden, gather_of(slots, group.begin, shape.maps));
-      up.run(gathered, expert_factor(gate_up, group.expert, layout),
-             added_up ? added_up + group.expert * width * size : nullptr,
+      up.run(up_product(group), added_up ? added_up + group.expert * width * size : nullptr,
              kept ? kept + group.begin * width * size : nullptr, activated_rows, tile);
       return;
     }
-    const Product product = {row_major(activated_rows, group.rows, inner), expert_factor(down, group.expert, layout)};
     const char* bias = added_out ? added_out + group.expert * hidden * size : nullptr;
-    multiply_tile(product, tile, kernels, [&](const TileSums& sums) {
+    multiply_tile(down_product(group, activated_rows), tile, kernels, [&](const TileSums& sums) {
       kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols, bias ? bias + sums.col * size : nullptr,
                      out + ((group.begin + sums.row) * hidden + sums.col) * size, hidden * size, false);
     });

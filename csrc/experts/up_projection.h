@@ -20,21 +20,16 @@ struct UpProjection {
         width(columns),
         blocks(activation_blocks(spec, dtype == ScalarType::Double)) {}
 
-  bool pairs() const { return activation.gated() && !activation.interleaved; }
-  int64_t pair() const { return pairs() ? width / 2 : 0; }
+  int64_t pair() const { return activation.gated() && !activation.interleaved ? width / 2 : 0; }
 
-  // Tiles of the columns of the product, or, where they come in pairs, of the gate's.
-  TileGrid grid(int64_t rows, int64_t num_experts) const {
-    return {rows, pairs() ? width / 2 : width, num_experts, pairs() ? kTileCols / 2 : kTileCols, kernels};
-  }
+  Product product(const Matrix& tokens, const Matrix& factor) const { return {tokens, factor, pair()}; }
 
   // All pointers are to the first row of the expert; bias and pre_activation may be null.
-  void run(const Matrix& tokens, const Matrix& factor, const char* bias, char* pre_activation, char* activated,
-           const Tile& tile) const {
+  void run(const Product& up_product, const char* bias, char* pre_activation, char* activated, const Tile& tile) const {
     const bool is_double = kernels.unit_bytes == sizeof(double);
     const int64_t element = kernels.element_bytes;
     thread_local double buffer[kTileRows * kMaxPanelCols];
-    multiply_tile({tokens, factor, pair()}, tile, kernels, [&](const TileSums& sums) {
+    multiply_tile(up_product, tile, kernels, [&](const TileSums& sums) {
       for (char* half : {sums.sums, sums.pair}) {
         if (!half) continue;
         const int64_t col = sums.col + (half == sums.pair ? pair() : 0);

@@ -61,15 +61,18 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
     return {output, torch::stable::new_empty(input, {0, width})};
   }
   const UpProjection up(input.scalar_type(), shape.activation, width);
+  const auto product_of = [&](const Group& group) {
+    return up.product(tokens_of(group), expert_factor(stored, group.expert, shape.layout));
+  };
   TileQueue queue;
   for (size_t i = 0; i < groups.size(); ++i) {
-    const TileGrid grid = up.grid(groups[i].rows, static_cast<int64_t>(groups.size()));
+    const TileGrid grid(product_of(groups[i]), static_cast<int64_t>(groups.size()), up.kernels);
     queue.add(0, static_cast<int32_t>(i), grid, TileQueue::kNone, TileQueue::kNone);
   }
   queue.run(shape.num_rows * inner * width, [&](const TileQueue::Task& task) {
     const Group& group = groups[task.group];
-    up.run(tokens_of(group), expert_factor(stored, group.expert, shape.layout), bias_of(group),
-           kept ? kept + group.begin * width * size : nullptr, out + group.begin * output_width * size, task.tile);
+    up.run(product_of(group), bias_of(group), kept ? kept + group.begin * width * size : nullptr,
+           out + group.begin * output_width * size, task.tile);
   });
   return {output, pre_activation};
 }

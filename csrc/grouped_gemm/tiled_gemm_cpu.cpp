@@ -27,7 +27,7 @@ void tiled_gemm(const std::vector<GemmProblem>& problems, ScalarType dtype, Scal
     const GemmProblem& p = problems[i];
     multiply_adds += work(i);
     output_bytes += p.left.rows * p.right.cols * kernels.output_bytes;
-    const TileGrid grid(p.left.rows, p.right.cols, static_cast<int64_t>(problems.size()), kTileCols, kernels);
+    const TileGrid grid({p.left, p.right}, static_cast<int64_t>(problems.size()), kernels);
     queue.add(0, static_cast<int32_t>(i), grid, TileQueue::kNone, TileQueue::kNone);
   }
   const bool stream = output_bytes > kStreamedBytes;

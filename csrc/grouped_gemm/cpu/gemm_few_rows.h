@@ -1,6 +1,7 @@
 // Products of a few rows, straight from the right factor: each of its lines leaves memory once.
 //   dot    lines along the inner dimension: up to 6 rows x 4 columns of accumulators, lines fetched four ahead
-//   axpy   lines across it: up to 6 rows x 4 vectors of columns, lines fetched 16 ahead
+//   axpy   lines across it: eight steps of them side by side, swept from end to end, the next eight fetched meanwhile;
+//          sums stay in L1, and each vector of weights meets all rows while it is in a register
 #pragma once
 
 #include "gemm_formats.h"
@@ -93,104 +94,73 @@ void dot(const char* const* rows, int64_t num_rows, const char* const* cols, int
   }
 }
 
-constexpr int kAxpyRowsAtOnce = 6;
-constexpr int64_t kAxpyAhead = 16;  // steps
+constexpr int kAxpySteps = 8;
 
-// sums [kRows][kVectors vectors] (+)= left @ lines, of whose vectors only the first `count` columns exist if kPartial.
-template <typename Format, int kRows, int kVectors, bool kPartial>
-void axpy_block(const typename Format::Unit* left, const char* const* lines, int64_t num_lines, int64_t first_col,
-                int64_t next_col, int64_t count, typename Format::Sum* sums, int64_t stride, bool first) {
-  using Unit = typename Format::Unit;
+// sums [num_rows] of one vector of columns += left @ kSteps steps of lines; only the first `count` columns exist.
+template <typename Format, int kSteps, bool kPartial>
+MOE_INLINE void axpy_vector(const typename Format::Unit* left, int64_t num_rows, const char* const* lines,
+                            int64_t num_lines, int64_t step, int64_t first_col, int64_t count,
+                            typename Format::Sum* sums, int64_t stride, bool first) {
   using Sum = typename Format::Sum;
+  UnitVec<Format> right[kSteps];
+#pragma GCC unroll 8
+  for (int s = 0; s < kSteps; ++s) right[s] = load_across<Format>(lines, num_lines, step + s, first_col, count);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    Sum* to = sums + row * stride;
+    alignas(64) Sum padded[kLanes<Format>] = {};
+    if (kPartial && !first)
+      copy_bytes(reinterpret_cast<char*>(padded), reinterpret_cast<const char*>(to), count * sizeof(Sum));
+    SumVec<Format> acc = first ? SumVec<Format>{} : Simd<Sum>::load(kPartial ? padded : to);
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+      acc = multiply_add<Format>(broadcast<typename Format::Unit>(left[row * kLeftStride + step + s]), right[s], acc);
+    }
+    Simd<Sum>::store(kPartial ? padded : to, acc);
+    if (kPartial) copy_bytes(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(padded), count * sizeof(Sum));
+  }
+}
+
+template <typename Format, int kSteps>
+void axpy_lines(const typename Format::Unit* left, int64_t num_rows, const char* const* lines, int64_t num_lines,
+                int64_t step, int64_t first_col, int64_t num_cols, typename Format::Sum* sums, int64_t stride,
+                bool first) {
   constexpr int kCount = kLanes<Format>;
+  constexpr int kLines = kSteps * Format::kPerUnit;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
-  constexpr int64_t kLineBytes = kVectors * kCount * kBytes;
-  alignas(64) Sum padded[kRows][kCount] = {};
-  SumVec<Format> acc[kRows][kVectors] = {};
-  if (!first) {
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      if constexpr (kPartial) {
-        for (int64_t c = 0; c < count; ++c) padded[row][c] = sums[row * stride + c];
-        acc[row][0] = Simd<Sum>::load(padded[row]);
-      } else {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[row][v] = Simd<Sum>::load(sums + row * stride + v * kCount);
-      }
-    }
+  const char* next[kLines];
+  for (int i = 0; i < kLines; ++i) {
+    const int64_t line = step * Format::kPerUnit + kLines + i;
+    next[i] = lines[line < num_lines ? line : num_lines - 1] + first_col * kBytes;
   }
-  const int64_t steps = (num_lines + Format::kPerUnit - 1) / Format::kPerUnit;
-  for (int64_t step = 0; step < steps; ++step) {
-    // Past the last line come the next columns of the first lines.
-    const bool wraps = step + kAxpyAhead >= steps;
-    const int64_t ahead = wraps ? step + kAxpyAhead - steps : step + kAxpyAhead;
-    if (!kPartial && ahead < steps) {
-#pragma GCC unroll 2
-      for (int i = 0; i < Format::kPerUnit; ++i) {
-        const int64_t line = ahead * Format::kPerUnit + i < num_lines ? ahead * Format::kPerUnit + i : num_lines - 1;
-        const char* from = lines[line] + (wraps ? next_col : first_col) * kBytes;
-#pragma GCC unroll 8
-        for (int64_t byte = 0; byte < kLineBytes; byte += 64) __builtin_prefetch(from + byte, 0, 3);
-      }
-    }
-    UnitVec<Format> right[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      right[v] = load_across<Format>(lines, num_lines, step, first_col + v * kCount, kPartial ? count : kCount);
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
-      const UnitVec<Format> value = broadcast<Unit>(left[row * kLeftStride + step]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[row][v] = multiply_add<Format>(value, right[v], acc[row][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-    if constexpr (kPartial) {
-      Simd<Sum>::store(padded[row], acc[row][0]);
-      for (int64_t c = 0; c < count; ++c) sums[row * stride + c] = padded[row][c];
-    } else {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) Simd<Sum>::store(sums + row * stride + v * kCount, acc[row][v]);
-    }
-  }
-}
-
-template <typename Format, int kRows>
-void axpy_rows(const typename Format::Unit* left, const char* const* lines, int64_t num_lines, int64_t first_col,
-               int64_t num_cols, typename Format::Sum* sums, int64_t stride, bool first) {
-  constexpr int kCount = kLanes<Format>;
-  constexpr int kVectors = MOE_STRIP_ROWS < 14 ? 2 : kRows <= 2 ? 8 : 4;  // 16 registers or 32
   int64_t col = 0;
-  for (; col + kVectors * kCount <= num_cols; col += kVectors * kCount) {
-    const int64_t next = col + 2 * kVectors * kCount <= num_cols ? col + kVectors * kCount : col;
-    axpy_block<Format, kRows, kVectors, false>(left, lines, num_lines, first_col + col, first_col + next, kCount,
-                                               sums + col, stride, first);
+  for (; col + kCount <= num_cols; col += kCount) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next[i] + col * kBytes, 0, 2);
+    axpy_vector<Format, kSteps, false>(left, num_rows, lines, num_lines, step, first_col + col, kCount, sums + col,
+                                       stride, first);
   }
-  for (; col < num_cols; col += kCount) {
-    const int64_t count = num_cols - col < kCount ? num_cols - col : kCount;
-    axpy_block<Format, kRows, 1, true>(left, lines, num_lines, first_col + col, 0, count, sums + col, stride, first);
+  if (col < num_cols) {
+    axpy_vector<Format, kSteps, true>(left, num_rows, lines, num_lines, step, first_col + col, num_cols - col,
+                                      sums + col, stride, first);
   }
 }
-
-template <typename Format>
-using AxpyRows = void (*)(const typename Format::Unit*, const char* const*, int64_t, int64_t, int64_t,
-                          typename Format::Sum*, int64_t, bool);
 
 template <typename Format>
 void axpy(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,
           int64_t num_cols, void* sums, int64_t sums_stride, bool first) {
-  static constexpr AxpyRows<Format> kRows[] = {&axpy_rows<Format, 1>, &axpy_rows<Format, 2>, &axpy_rows<Format, 3>,
-                                               &axpy_rows<Format, 4>, &axpy_rows<Format, 5>, &axpy_rows<Format, 6>};
   auto* units = static_cast<const typename Format::Unit*>(left);
   auto* to = static_cast<typename Format::Sum*>(sums);
-  for (int64_t blocks = (num_rows + kAxpyRowsAtOnce - 1) / kAxpyRowsAtOnce; blocks > 0; --blocks) {
-    const int64_t rows = (num_rows + blocks - 1) / blocks;
-    kRows[rows - 1](units, lines, num_lines, first_col, num_cols, to, sums_stride, first);
-    units += rows * kLeftStride;
-    to += rows * sums_stride;
-    num_rows -= rows;
+  const int64_t steps = (num_lines + Format::kPerUnit - 1) / Format::kPerUnit;
+  int64_t step = 0;
+  for (; step + kAxpySteps <= steps; step += kAxpySteps, first = false) {
+    axpy_lines<Format, kAxpySteps>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride,
+                                   first);
+  }
+  for (; step < steps; ++step, first = false) {
+    axpy_lines<Format, 1>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first);
+  }
+  for (int64_t row = 0; first && row < num_rows; ++row) {  // a product over nothing
+    for (int64_t col = 0; col < num_cols; ++col) to[row * sums_stride + col] = 0;
   }
 }
 

@@ -52,11 +52,12 @@ struct Product {
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
                    const std::function<void(const TileSums&)>& finish);
 
-// Tiles of nearly equal size that cover rows x cols; the products of a call have `num_products` such grids. Columns
-// come in whole panels. Sizes never change a bit of the result, so they may depend on the number of threads.
+// Tiles of nearly equal size that cover a product, one of `num_products` of its kind; with a pair, the columns of its
+// first half. Columns come in whole panels. Sizes never change a bit of the result, so they may depend on the number of
+// threads.
 class TileGrid {
  public:
-  TileGrid(int64_t rows, int64_t cols, int64_t num_products, int64_t largest_cols, const GemmKernels& kernels);
+  TileGrid(const Product& product, int64_t num_products, const GemmKernels& kernels);
   int64_t count() const { return row_tiles_ * col_tiles_; }
   Tile tile(int64_t index) const;  // all columns of the first rows come first
 

@@ -126,7 +126,12 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   }
 }
 
-// A few rows, each running along the inner dimension. Sums lie as [rows][kTileCols], a pair's second half behind.
+constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
+
+// By the rows of the whole product: how it is cut changes no bit.
+bool has_few_rows(const Product& product) { return product.left.lines_are_rows && product.left.rows <= kFewRows; }
+
+// A few rows, each running along the inner dimension. Sums lie as [rows][kFewRowsStride], a pair's second half behind.
 void multiply_few_rows(const Product& product, const Tile& tile, const GemmKernels& kernels,
                        const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
@@ -137,7 +142,7 @@ void multiply_few_rows(const Product& product, const Tile& tile, const GemmKerne
   const auto finish_panel = [&](int64_t panel) {
     const int64_t col = panels.col(panel);
     finish({tile.row, tile.rows, tile.col + col, panels.cols(panel), sums_at(col),
-            product.pair ? sums_at(pair_at + col) : nullptr, kTileCols});
+            product.pair ? sums_at(pair_at + col) : nullptr, kFewRowsStride});
   };
   scratch.left_lines.clear(), scratch.right_lines.clear();
   add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
@@ -154,10 +159,10 @@ void multiply_few_rows(const Product& product, const Tile& tile, const GemmKerne
       const int64_t cols = panels.cols(panel);
       char* sums = sums_at(panels.col(panel) + (product.pair && panel % 2 ? pair_at : 0));
       kernels.dot(scratch.left_lines.data(), tile.rows, scratch.right_lines.data() + line, cols,
-                  static_cast<int64_t>(scratch.right_lines.size()) - line, inner, sums, kTileCols);
+                  static_cast<int64_t>(scratch.right_lines.size()) - line, inner, sums, kFewRowsStride);
       line += cols;
       for (int64_t row = 0; row < tile.rows; ++row) {
-        if (!given[row]) std::memset(sums + row * kTileCols * kernels.unit_bytes, 0, cols * kernels.unit_bytes);
+        if (!given[row]) std::memset(sums + row * kFewRowsStride * kernels.unit_bytes, 0, cols * kernels.unit_bytes);
       }
       if (panels.completes(panel)) finish_panel(panel);
     }
@@ -171,7 +176,7 @@ void multiply_few_rows(const Product& product, const Tile& tile, const GemmKerne
     add_lines(product.right, k, count, element, scratch.right_lines);
     for (int64_t half = 0; half < (product.pair ? 2 : 1); ++half) {
       kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data(), count, tile.col + half * product.pair,
-                   tile.cols, sums_at(half * pair_at), kTileCols, k == 0);
+                   tile.cols, sums_at(half * pair_at), kFewRowsStride, k == 0);
     }
   }
   for (int64_t panel = 0; panel < num_panels; ++panel) {
@@ -216,19 +221,21 @@ const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
                    const std::function<void(const TileSums&)>& finish) {
   thread_local Scratch scratch;
-  // By the rows of the whole product: how it is cut changes no bit.
-  if (product.left.lines_are_rows && product.left.rows <= kFewRows && tile.cols > 0) {
+  if (has_few_rows(product)) {
     multiply_few_rows(product, tile, kernels, finish, scratch);
   } else {
     multiply_packed(product, tile, kernels, finish, scratch);
   }
 }
 
-TileGrid::TileGrid(int64_t rows, int64_t cols, int64_t num_products, int64_t largest_cols, const GemmKernels& kernels)
-    : rows_(rows), cols_(cols), row_tiles_(0), col_tiles_(0) {
+TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKernels& kernels)
+    : rows_(product.left.rows), cols_(product.pair ? product.pair : product.right.cols), row_tiles_(0), col_tiles_(0) {
+  const int64_t rows = rows_, cols = cols_;
   if (rows == 0 || cols == 0) return;
+  // Lines that are swept from end to end are best long.
+  const int64_t largest_cols = has_few_rows(product) && product.right.lines_are_rows ? kFewRowsStride : kTileCols;
   const int64_t wanted = kTilesPerThread * torch::stable::get_num_threads();
-  int64_t tile_rows = kTileRows, tile_cols = largest_cols;
+  int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
   const auto enough = [&] { return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= wanted; };
   while (!enough() && tile_cols > kSmallestTile) {
     tile_cols /= 2;

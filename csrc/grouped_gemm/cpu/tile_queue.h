@@ -33,7 +33,6 @@ class TileQueue {
     int32_t group;
     Tile tile;
     Counter waits;
-    Counter also_waits;
     Counter done;
   };
 
@@ -42,13 +41,13 @@ class TileQueue {
     return static_cast<Counter>(counts_.size()) - 1;
   }
 
-  void add(int32_t kind, int32_t group, const Tile& tile, Counter waits, Counter done, Counter also_waits = kNone) {
+  void add(int32_t kind, int32_t group, const Tile& tile, Counter waits, Counter done) {
     if (done != kNone) ++counts_[done];
-    tasks_.push_back({kind, group, tile, waits, also_waits, done});
+    tasks_.push_back({kind, group, tile, waits, done});
   }
 
-  void add(int32_t kind, int32_t group, const TileGrid& grid, Counter waits, Counter done, Counter also_waits = kNone) {
-    for (int64_t i = 0; i < grid.count(); ++i) add(kind, group, grid.tile(i), waits, done, also_waits);
+  void add(int32_t kind, int32_t group, const TileGrid& grid, Counter waits, Counter done) {
+    for (int64_t i = 0; i < grid.count(); ++i) add(kind, group, grid.tile(i), waits, done);
   }
 
   // run_task(task) for every task; must not throw. `multiply_adds` of all tasks say how many threads are worth waking.
@@ -64,7 +63,6 @@ class TileQueue {
       for (size_t index = next++; index < tasks_.size(); index = next++) {
         const Task& task = tasks_[index];
         wait(task.waits);
-        wait(task.also_waits);
         run_task(task);
         if (task.done != kNone) open[task.done].fetch_sub(1, std::memory_order_release);
       }
