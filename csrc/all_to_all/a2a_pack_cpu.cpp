@@ -2,11 +2,61 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../common/cpu_parallel.h"
 #include "../permutation/permute.h"
 #include "../permutation/unpermute.h"
 
 namespace moe_ext::cpu {
+namespace {
+
+constexpr int64_t kBytesPerEntry = 16;  // looking at an entry costs about this many bytes' worth of copying
+
+struct Ranks {
+  const int32_t* rank_expert_offsets;
+  const int32_t* send_offsets;
+  int num_ranks;
+};
+
+// A send row: of its token's slots those that belong to the row's rank, the rest -1 with weight 0. As pack_entry.
+template <typename index_t, typename weight_t>
+void pack_row(int64_t row, int64_t slot, const index_t* topk_ids, const weight_t* topk_weights, const Ranks& ranks,
+              const PackShape& shape, int32_t* send_ids, weight_t* send_weights) {
+  const int rank = find_interval(ranks.send_offsets, ranks.num_ranks, row);
+  if (rank < 0 || slot < 0 || slot >= shape.num_tokens * shape.slots) {
+    std::fill_n(send_ids, shape.topk, -1);
+    std::fill_n(send_weights, shape.topk, weight_t(0));
+    return;
+  }
+  const int64_t first = ranks.rank_expert_offsets[rank], end = ranks.rank_expert_offsets[rank + 1];
+  const int64_t entry = slot / shape.slots * shape.topk;
+  for (int64_t j = 0; j < shape.topk; ++j) {
+    const int64_t expert = topk_ids[entry + j];
+    const bool here = expert >= first && expert < end;
+    send_ids[j] = here ? static_cast<int32_t>(expert - first) : -1;
+    send_weights[j] = here ? topk_weights[entry + j] : weight_t(0);
+  }
+}
+
+// A token's weight gradients, each from the token's send row for the rank of its slot. As weight_gradient; `rank_of`
+// [slots] is scratch.
+template <typename index_t, typename weight_t>
+void collect_weight_gradients(const index_t* topk_ids, const int32_t* rows, const weight_t* grad_send_weights,
+                              const Ranks& ranks, const PackShape& shape, int* rank_of, weight_t* grad_weights) {
+  for (int64_t i = 0; i < shape.slots; ++i) {
+    const bool sent = rows[i] >= 0 && rows[i] < shape.num_rows;
+    rank_of[i] = sent ? find_interval(ranks.send_offsets, ranks.num_ranks, rows[i]) : -1;
+  }
+  for (int64_t j = 0; j < shape.topk; ++j) {
+    const int rank = find_interval(ranks.rank_expert_offsets, ranks.num_ranks, topk_ids[j]);
+    const auto i = rank < 0 ? shape.slots : std::find(rank_of, rank_of + shape.slots, rank) - rank_of;
+    grad_weights[j] = i < shape.slots ? grad_send_weights[rows[i] * shape.topk + j] : weight_t(0);
+  }
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> a2a_pack(const Tensor& hidden, const Tensor& topk_ids, const Tensor& topk_weights,
                                             const Tensor& rank_expert_offsets, const Tensor& send_offsets,
@@ -27,12 +77,13 @@ std::tuple<Tensor, Tensor, Tensor> a2a_pack(const Tensor& hidden, const Tensor& 
       const auto* weight = weights.const_data_ptr<weight_t>();
       auto* id_out = send_ids.mutable_data_ptr<int32_t>();
       auto* weight_out = send_weights.mutable_data_ptr<weight_t>();
-      parallel_rows(shape.num_rows, shape.topk * 64, [&](int64_t begin, int64_t end) {
+      const auto* slot_of_row = slots.const_data_ptr<int32_t>();
+      const Ranks ranks = {owners.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
+                           static_cast<int>(shape.num_ranks)};
+      parallel_rows(shape.num_rows, shape.topk * kBytesPerEntry, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-          for (int64_t j = 0; j < shape.topk; ++j) {
-            pack_entry(row, j, id, weight, owners.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
-                       slots.const_data_ptr<int32_t>(), shape, id_out, weight_out);
-          }
+          pack_row(row, slot_of_row[row], id, weight, ranks, shape, id_out + row * shape.topk,
+                   weight_out + row * shape.topk);
         }
       });
     });
@@ -58,13 +109,14 @@ std::tuple<Tensor, Tensor> a2a_pack_backward(const Tensor& grad_send_hidden, con
       const auto* id = ids.const_data_ptr<typename decltype(index_tag)::type>();
       const auto* grad = grads.const_data_ptr<weight_t>();
       auto* grad_out = grad_weights.mutable_data_ptr<weight_t>();
-      parallel_rows(shape.num_tokens, shape.topk * 64, [&](int64_t begin, int64_t end) {
+      const auto* row_of_slot = rows.const_data_ptr<int32_t>();
+      const Ranks ranks = {owners.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
+                           static_cast<int>(shape.num_ranks)};
+      parallel_rows(shape.num_tokens, shape.topk * kBytesPerEntry, [&](int64_t begin, int64_t end) {
+        std::vector<int> rank_of(shape.slots);
         for (int64_t token = begin; token < end; ++token) {
-          for (int64_t j = 0; j < shape.topk; ++j) {
-            grad_out[token * shape.topk + j] =
-                weight_gradient(token, j, id, owners.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(),
-                                rows.const_data_ptr<int32_t>(), shape, grad);
-          }
+          collect_weight_gradients(id + token * shape.topk, row_of_slot + token * shape.slots, grad, ranks, shape,
+                                   rank_of.data(), grad_out + token * shape.topk);
         }
       });
     });

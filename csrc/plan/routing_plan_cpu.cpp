@@ -1,5 +1,6 @@
 // A stable counting sort: slots are cut into chunks, each chunk counts, a scan over (expert, chunk) gives each chunk
-// its first row, each chunk scatters. The result does not depend on the number of threads.
+// its first row, each chunk scatters: into the maps, or, where scores decide who is dropped, into a list of each
+// expert's slots that is cut first. The result does not depend on the number of threads.
 #include "routing_plan.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +14,7 @@
 namespace moe_ext::cpu {
 namespace {
 
-constexpr int64_t kSlotsPerChunk = 16 * 1024;
+constexpr int64_t kSlotsPerChunk = 8 * 1024;
 
 template <typename index_t>
 bool is_here(index_t expert, int64_t num_experts) {
@@ -65,30 +66,55 @@ void keep_best(int32_t* slots, int64_t count, int64_t capacity, const float* sco
   std::sort(slots, slots + capacity);
 }
 
+// Padding rows of each expert and the tail hold no slot.
+void clear_unused_rows(const int32_t* expert_offsets, const int32_t* tokens_per_expert, const PlanShape& shape,
+                       int32_t* permuted_to_slot) {
+  for (int64_t expert = 0; expert < shape.num_experts; ++expert) {
+    std::fill(permuted_to_slot + expert_offsets[expert] + tokens_per_expert[expert],
+              permuted_to_slot + expert_offsets[expert + 1], -1);
+  }
+  std::fill(permuted_to_slot + expert_offsets[shape.num_experts], permuted_to_slot + shape.num_rows, -1);
+}
+
+// Every expert keeps its first slots. `first` becomes the cursors.
 template <typename index_t>
-void plan(const index_t* ids, const float* scores, const PlanShape& shape, int32_t* expert_offsets,
-          int32_t* tokens_per_expert, int32_t* permuted_to_slot, int32_t* slot_to_permuted) {
-  const int64_t num_chunks = (shape.num_slots + kSlotsPerChunk - 1) / kSlotsPerChunk;
-  std::vector<int32_t> first = count_chunks(ids, shape, num_chunks);
+void place_slots(const index_t* ids, const PlanShape& shape, std::vector<int32_t>& first, int64_t num_chunks,
+                 const int32_t* expert_offsets, const int32_t* tokens_per_expert, int32_t* permuted_to_slot,
+                 int32_t* slot_to_permuted) {
+  parallel_rows(num_chunks, kBytesPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int32_t* cursor = first.data() + chunk * shape.num_experts;
+      const int64_t last = std::min(shape.num_slots, (chunk + 1) * kSlotsPerChunk);
+      for (int64_t slot = chunk * kSlotsPerChunk; slot < last; ++slot) {
+        slot_to_permuted[slot] = -1;
+        const index_t expert = ids[slot];
+        if (!is_here(expert, shape.num_experts)) continue;
+        const int32_t place = cursor[expert]++;
+        if (place >= tokens_per_expert[expert]) continue;
+        const int32_t row = expert_offsets[expert] + place;
+        slot_to_permuted[slot] = row;
+        permuted_to_slot[row] = static_cast<int32_t>(slot);
+      }
+    }
+  });
+}
+
+// Every expert keeps its slots with the highest scores.
+template <typename index_t>
+void place_best_slots(const index_t* ids, const float* scores, const PlanShape& shape, std::vector<int32_t>& first,
+                      int64_t num_chunks, const int32_t* expert_offsets, const int32_t* tokens_per_expert,
+                      int32_t* permuted_to_slot, int32_t* slot_to_permuted) {
   const int32_t* totals = first.data() + num_chunks * shape.num_experts;
   std::vector<int64_t> starts(shape.num_experts + 1, 0);
-  expert_offsets[0] = 0;
-  for (int64_t expert = 0; expert < shape.num_experts; ++expert) {
-    starts[expert + 1] = starts[expert] + totals[expert];
-    tokens_per_expert[expert] = static_cast<int32_t>(std::min<int64_t>(totals[expert], shape.capacity));
-    expert_offsets[expert + 1] =
-        expert_offsets[expert] + static_cast<int32_t>(round_up(tokens_per_expert[expert], shape.row_alignment));
-  }
+  for (int64_t expert = 0; expert < shape.num_experts; ++expert) starts[expert + 1] = starts[expert] + totals[expert];
   std::vector<int32_t> sorted = sort_slots(ids, shape, first, starts, num_chunks);
-
-  std::fill_n(permuted_to_slot, shape.num_rows, -1);
   std::fill_n(slot_to_permuted, shape.num_slots, -1);
   const int64_t bytes_per_expert = 12 * (1 + static_cast<int64_t>(sorted.size()) / shape.num_experts);
   parallel_rows(shape.num_experts, bytes_per_expert, [&](int64_t begin, int64_t end) {
     for (int64_t expert = begin; expert < end; ++expert) {
       int32_t* slots = sorted.data() + starts[expert];
       const int64_t count = starts[expert + 1] - starts[expert];
-      if (scores && count > shape.capacity) keep_best(slots, count, shape.capacity, scores);
+      if (count > shape.capacity) keep_best(slots, count, shape.capacity, scores);
       for (int64_t i = 0; i < tokens_per_expert[expert]; ++i) {
         const int32_t row = expert_offsets[expert] + static_cast<int32_t>(i);
         permuted_to_slot[row] = slots[i];
@@ -96,6 +122,27 @@ void plan(const index_t* ids, const float* scores, const PlanShape& shape, int32
       }
     }
   });
+}
+
+template <typename index_t>
+void plan(const index_t* ids, const float* scores, const PlanShape& shape, int32_t* expert_offsets,
+          int32_t* tokens_per_expert, int32_t* permuted_to_slot, int32_t* slot_to_permuted) {
+  const int64_t num_chunks = (shape.num_slots + kSlotsPerChunk - 1) / kSlotsPerChunk;
+  std::vector<int32_t> first = count_chunks(ids, shape, num_chunks);
+  const int32_t* totals = first.data() + num_chunks * shape.num_experts;
+  expert_offsets[0] = 0;
+  for (int64_t expert = 0; expert < shape.num_experts; ++expert) {
+    tokens_per_expert[expert] = static_cast<int32_t>(std::min<int64_t>(totals[expert], shape.capacity));
+    expert_offsets[expert + 1] =
+        expert_offsets[expert] + static_cast<int32_t>(round_up(tokens_per_expert[expert], shape.row_alignment));
+  }
+  clear_unused_rows(expert_offsets, tokens_per_expert, shape, permuted_to_slot);
+  if (scores) {
+    place_best_slots(ids, scores, shape, first, num_chunks, expert_offsets, tokens_per_expert, permuted_to_slot,
+                     slot_to_permuted);
+  } else {
+    place_slots(ids, shape, first, num_chunks, expert_offsets, tokens_per_expert, permuted_to_slot, slot_to_permuted);
+  }
 }
 
 }  // namespace
