@@ -21,6 +21,16 @@ NUM_CUTLASS_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h, for each 
 # csrc/grouped_gemm/sm90/products.h: of 2 dtypes and 3 tiles, 2 layouts plain and under 3 activations, and 2 wgrads; of 2
 # dtypes, 2 layouts under the gradients of 3 activations.
 NUM_PRODUCTS = 2 * 3 * (2 + 3 * 2 + 2) + 2 * 2 * 3
+# Kernels that move whole rows, in the form for aligned rows -> 16-byte loads that a lane has under way before it uses
+# the first: kVectorsPerLane, kRowsAtOnce, or for activations the least of plain and gated rows.
+ROW_KERNELS = {
+    "permute_kernel": 4,
+    "unpermute_kernel": 4,
+    "unpermute_backward_kernel": 4,
+    "activation_kernel": 2,
+    "activation_backward_kernel": 3,
+}
+WIDTHS = ("Li8E", "Li4E")  # of 16-byte vectors of 16-bit and 32-bit elements, in mangled names
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="moe_ext was built without CUDA")
 
@@ -56,6 +66,54 @@ def code_of_kernels(tmp_path_factory) -> dict[str, dict[str, str]]:
             if "cutlass" in name or "product_kernel" in name:
                 code[arch][name] = part
     return code
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, dict[str, int]]:
+    """Kernel of the whole library, with its architecture -> bytes of stack and local memory, and registers."""
+    listed = run(find_tool("cuobjdump"), "--dump-resource-usage", str(LIBRARY))
+    arch, found = "", {}
+    for line in listed.splitlines():
+        if match := re.search(r"arch = (\S+)", line):
+            arch = match.group(1)
+        elif match := re.search(r"Function (\S+):", line):
+            name = f"{arch} {match.group(1)}"
+        elif "REG:" in line:
+            found[name] = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def row_kernels(tmp_path_factory) -> dict[str, str]:
+    """Mangled name, with its architecture -> SASS of the vectorised instantiations of ROW_KERNELS."""
+    folder = tmp_path_factory.mktemp("row_cubins")
+    subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=folder, check=True, capture_output=True)
+    code = {}
+    for cubin in sorted(folder.glob("*.cubin")):
+        if not any(f"{len(kernel)}{kernel}I".encode() in cubin.read_bytes() for kernel in ROW_KERNELS):
+            continue
+        arch = "sm_90a" if "sm_90a" in cubin.name else "sm_80"
+        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
+            name = part.split(",", 1)[0]
+            if kernel_of(name) and any(width in name for width in WIDTHS):
+                code[f"{arch} {name}"] = part
+    return code
+
+
+def kernel_of(name: str) -> str | None:
+    return next((kernel for kernel in ROW_KERNELS if f"{len(kernel)}{kernel}I" in name), None)
+
+
+def loads_under_way(sass: str) -> int:
+    """The most 16-byte loads between two instructions that wait for data of an earlier one: arithmetic or a store."""
+    most = here = 0
+    for line in sass.splitlines():
+        if re.search(r"\bLDG\.E\S*\.128", line):
+            here += 1
+            most = max(most, here)
+        elif re.search(r"\b(FFMA|FMUL|FADD|HADD2|MUFU|STG)\b", line):
+            here = 0
+    return most
 
 
 def test_architectures():
@@ -99,6 +157,31 @@ def test_products_keep_the_tensor_cores_busy(code_of_kernels):
         assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
         assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
         assert "UTMALDG" in sass and "LDGSTS" in sass, name
+
+
+def test_no_kernel_uses_local_memory(resources):
+    """Neither spills nor arrays that a run-time index moved out of registers, anywhere in the library."""
+    assert len(resources) > 100
+    spilling = {name: use for name, use in resources.items() if use["STACK"] or use["LOCAL"]}
+    assert not spilling
+
+
+def test_rows_move_in_16_byte_accesses(row_kernels):
+    """fp32, bf16 and fp16; activations in three row layouts. A second width of store is the weight gradient's alone."""
+    found = {kernel: 0 for kernel in ROW_KERNELS}
+    for name, sass in row_kernels.items():
+        kernel = kernel_of(name)
+        assert kernel
+        found[kernel] += 1
+        stores = set(re.findall(r"\bSTG\.\S+", sass))
+        wide = {store for store in stores if store.endswith(".128")}
+        narrow = {"STG.E"} if kernel == "unpermute_backward_kernel" else set()
+        assert wide and stores - wide == narrow, f"{name}: {stores}"
+        assert not re.search(r"\b(LDL|STL)\b", sass), name
+        assert loads_under_way(sass) >= ROW_KERNELS[kernel], f"{name}: {loads_under_way(sass)}"
+    per_arch = {"permute_kernel": 3, "unpermute_kernel": 3, "unpermute_backward_kernel": 3, "activation_kernel": 9,
+                "activation_backward_kernel": 9}  # fmt: skip
+    assert found == {kernel: 2 * count for kernel, count in per_arch.items()}
 
 
 def test_no_driver_symbols():

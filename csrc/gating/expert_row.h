@@ -42,12 +42,15 @@ struct RowLayout {
 
 template <int lanes>
 __device__ uint32_t group_max(uint32_t value) {
-  if constexpr (lanes == kWarpSize) return __reduce_max_sync(kFullMask, value);
+  if constexpr (lanes == kWarpSize) {
+    return __reduce_max_sync(kFullMask, value);
+  } else {
 #pragma unroll
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    value = max(value, __shfl_xor_sync(kFullMask, value, offset));
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      value = max(value, __shfl_xor_sync(kFullMask, value, offset));
+    }
+    return value;
   }
-  return value;
 }
 
 // No NaN may come.
@@ -56,12 +59,13 @@ __device__ float group_max(float value) {
   if constexpr (lanes == kWarpSize) {
     const uint32_t key = group_max<lanes>(ordered_key(value));
     return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-  }
+  } else {
 #pragma unroll
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kFullMask, value, offset));
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      value = fmaxf(value, __shfl_xor_sync(kFullMask, value, offset));
+    }
+    return value;
   }
-  return value;
 }
 
 template <int lanes>
