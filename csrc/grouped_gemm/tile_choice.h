@@ -1,8 +1,8 @@
 // The compiled sm_90a configurations, and which one runs, from shapes alone (the group sizes are on the device). Plain
 // C++, tested on the CPU.
 //
-// MOE_EXT_SM90_TILE=<name> forces a row of the table for every product, those of few rows (small_rows/) too, for sweeps;
-// read at each launch.
+// MOE_EXT_SM90_TILE=<name> forces a row of the table for every product, those of few rows (small_rows/) too, for
+// sweeps; read at each launch.
 #pragma once
 
 #include <cstdint>
