@@ -9,14 +9,14 @@
 namespace moe_ext {
 
 // NaN lies below everything.
-MOE_HOST_DEVICE inline uint32_t ordered_key(float score) {
+MOE_HOST_DEVICE_INLINE uint32_t ordered_key(float score) {
   uint32_t bits;
   memcpy(&bits, &score, sizeof(bits));
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-MOE_HOST_DEVICE inline uint64_t ordered_key(double score) {
+MOE_HOST_DEVICE_INLINE uint64_t ordered_key(double score) {
   constexpr uint64_t kSign = uint64_t{1} << 63;
   uint64_t bits;
   memcpy(&bits, &score, sizeof(bits));

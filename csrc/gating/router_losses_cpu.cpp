@@ -75,22 +75,15 @@ MOE_CPU_CLONES void row_gradient(const acc_t* load, const acc_t* slopes, const a
 }
 
 template <typename acc_t>
-MOE_CPU_CLONES void sigmoid_slopes(const acc_t* raw, acc_t total, int64_t num_experts, acc_t* slopes) {
-  for (int64_t e = 0; e < num_experts; ++e) slopes[e] = raw[e] * (acc_t(1) - raw[e]) / total;
+MOE_CPU_CLONES void divide_row(acc_t* values, acc_t divisor, int64_t size) {
+  for (int64_t e = 0; e < size; ++e) values[e] = divisor == acc_t(0) ? acc_t(0) : values[e] / divisor;
 }
 
-// Overwrites the scores with their slopes.
+// Overwrites the scores with d score / d logit.
 template <typename acc_t>
 void slopes_of_scores(TokenRow<acc_t>& row, const LossShape& shape) {
-  if (row.total == acc_t(0)) {
-    std::fill(row.scores.begin(), row.scores.end(), acc_t(0));
-  } else if (shape.score_function == ScoreFunction::kSigmoid) {
-    sigmoid_slopes(row.raw.data(), row.total, shape.num_experts, row.scores.data());
-  } else {
-    for (int64_t e = 0; e < shape.num_experts; ++e) {
-      row.scores[e] = elementwise_score_gradient(shape.score_function, row.logits[e]) / row.total;
-    }
-  }
+  score_slopes(shape.score_function, row.logits.data(), row.raw.data(), shape.num_experts, row.scores.data());
+  divide_row(row.scores.data(), row.total, shape.num_experts);
 }
 
 }  // namespace

@@ -98,6 +98,18 @@ void elementwise_scores(ScoreFunction function, const acc_t* logits, int64_t siz
   for (int64_t e = 0; e < size; ++e) scores[e] = elementwise_score(function, logits[e]);
 }
 
+template <typename acc_t>
+MOE_CPU_CLONES void sigmoid_slopes(const acc_t* scores, int64_t size, acc_t* slopes) {
+  for (int64_t e = 0; e < size; ++e) slopes[e] = scores[e] * (acc_t(1) - scores[e]);
+}
+
+// d score / d logit of what elementwise_scores scored. Works in place too.
+template <typename acc_t>
+void score_slopes(ScoreFunction function, const acc_t* logits, const acc_t* scores, int64_t size, acc_t* slopes) {
+  if (function == ScoreFunction::kSigmoid) return sigmoid_slopes(scores, size, slopes);
+  for (int64_t e = 0; e < size; ++e) slopes[e] = elementwise_score_gradient(function, logits[e]);
+}
+
 // ---- selection: keys are ordered_key(value), at least 1; 0 is no candidate
 template <typename acc_t>
 using ordered_key_t = decltype(ordered_key(acc_t()));

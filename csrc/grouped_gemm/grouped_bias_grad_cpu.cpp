@@ -20,8 +20,8 @@ struct Rows {
 };
 
 template <typename scalar_t, typename out_t>
-void sum_columns(const scalar_t* source, const accumulate_t<scalar_t>* weights, const Rows& rows, int64_t begin,
-                 int64_t end, int64_t width, int64_t columns, out_t* output) {
+MOE_CPU_CLONES void sum_columns(const scalar_t* source, const accumulate_t<scalar_t>* weights, const Rows& rows,
+                                int64_t begin, int64_t end, int64_t width, int64_t columns, out_t* output) {
   using acc_t = accumulate_t<scalar_t>;
   acc_t sums[kColumnBlock] = {};
   for (int64_t row = begin; row < end; ++row) {
