@@ -43,8 +43,9 @@ __device__ inline float sum_over_warp(float value) {
   return value;
 }
 
+// Where launch bounds name a number of blocks, ptxas left to itself spills a few registers to get one more in.
 template <RowMode mode, typename scalar_t, int width>
-__global__ void __launch_bounds__(kThreads) mlp_rows_kernel(RowsProblem problem) {
+__global__ void __launch_bounds__(kThreads, width == 1 ? 4 : 0) mlp_rows_kernel(RowsProblem problem) {
   using Packed = Vector<scalar_t, width>;
   constexpr int kParts = mode == RowMode::kPlain ? 1 : 2;
   const int lane = threadIdx.x % kWarpSize;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) mlp_rows_kernel(RowsProblem problem)
 }
 
 template <typename scalar_t, int width>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     scaled_rows_kernel(const scalar_t* __restrict__ tokens, const int32_t* __restrict__ permuted_to_slot,
                        const float* __restrict__ topk_weights, scalar_t* __restrict__ output, RowMaps maps,
                        int64_t row_vectors) {
