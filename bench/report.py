@@ -13,9 +13,9 @@ PREAMBLE = """# Results
 Written by `python -m bench --markdown bench/results/*.json`. Each file holds the machine, the versions, every peer's
 time, and what was skipped and why. Times are medians of interleaved rounds; speedup is the best peer's time over ours,
 so above 1 is faster; every peer's result was compared with ours before it was timed. The ceiling is the share reached
-of a dense product of equal FLOPs, or of the bandwidth of a copy or of reading, measured in the same run; of decode it
-is reading the weights that are used, once. Peak memory is what a forward and backward adds to inputs, weights and
-incoming gradient, each contender in a process of its own (`bench/memory.py`). No GPU has been measured yet.
+of a dense product of equal FLOPs, or of the bandwidth of a copy or of reading, measured in the same run; for decode, of
+reading the weights that are used, once. Peak memory is what a forward and backward adds to inputs, weights and incoming
+gradient, each contender in a process of its own (`bench/memory.py`). No GPU has been measured yet.
 
 """
 TABLES = {
