@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <cstring>
 
 #include "../common/cpu_parallel.h"
@@ -175,5 +173,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
 }
 
 }  // namespace moe_ext::cpu
-
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("moe_mlp_backward", TORCH_BOX(&moe_ext::cpu::moe_mlp_backward)); }

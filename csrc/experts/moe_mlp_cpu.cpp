@@ -96,4 +96,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
 
 }  // namespace moe_ext::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) { m.impl("moe_mlp", TORCH_BOX(&moe_ext::cpu::moe_mlp)); }
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
+  m.impl("moe_mlp", TORCH_BOX(&moe_ext::cpu::moe_mlp));
+  m.impl("moe_mlp_backward", TORCH_BOX(&moe_ext::cpu::moe_mlp_backward));
+}
