@@ -32,3 +32,5 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"moe_ext {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
