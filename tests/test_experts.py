@@ -213,7 +213,7 @@ def test_strided_inputs(layout, device):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamped", "relu_squared", "gelu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamped", "swiglu_limited", "relu_squared", "gelu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(layout, activation):
     case = Case(
@@ -403,6 +403,7 @@ BAD_CALLS = [
     ("no activation", lambda d: moe_ext.expert_activation(on(d, 2, 4), "none"), "activation: expected one of " + ", ".join(ACTIVATIONS) + ", got none"),
     ("unknown gate layout", lambda d: moe_ext.expert_activation(on(d, 2, 4), gate_up_layout=""), r"gate_up_layout: expected concatenated or interleaved, got "),
     ("zero limit", lambda d: moe_ext.expert_activation(on(d, 2, 4), "swiglu_clamped", activation_limit=0.0), r"activation_limit: expected a number > 0, got 0"),
+    ("negative limit", lambda d: moe_ext.expert_activation(on(d, 2, 4), "swiglu_limited", activation_limit=-1.0), r"activation_limit: expected a number > 0, got -1"),
     ("integer input", lambda d: make_call(d, input=on(d, 4, 8, dtype=torch.int64)), r"input: expected float32, .* \[num_tokens, hidden_size\], got int64 \[4, 8\]"),
     ("other tokens", lambda d: make_call(d, input=on(d, 3, 8)), r"slot_to_permuted: expected|input: expected size"),
     ("bf16 gate_up", lambda d: make_call(d, gate_up_weight=on(d, 3, 8, 8, dtype=torch.bfloat16)), r"gate_up_weight: expected float32 \[num_experts, gate and up columns, hidden_size\], got bfloat16 \[3, 8, 8\]"),

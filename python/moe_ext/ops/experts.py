@@ -33,11 +33,12 @@ def expert_activation(
         activation: plain, output as wide as the input: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``quick_gelu``
             (x sigmoid(1.702 x), CLIP), ``relu``, ``relu_squared`` (Primer). Gated, output half as wide: ``swiglu``
             (silu(gate) up), ``geglu`` (gelu(gate) up), ``geglu_tanh``, ``reglu`` (relu(gate) up), all from "GLU
-            variants improve transformer" (arXiv 2002.05202), and ``swiglu_clamped`` (gpt-oss: gate clamped to
-            <= limit, up to [-limit, limit], gate sigmoid(alpha gate) (up + 1)).
+            variants improve transformer" (arXiv 2002.05202); and with gate clamped to <= limit and up to
+            [-limit, limit], ``swiglu_clamped`` (gpt-oss: gate sigmoid(alpha gate) (up + 1)) and ``swiglu_limited``
+            (DeepSeek-V4: silu(gate) up).
         gate_up_layout: ``"concatenated"`` for rows [gate | up], ``"interleaved"`` for gate0, up0, gate1, up1, ...
         activation_alpha: alpha of ``swiglu_clamped``.
-        activation_limit: limit of ``swiglu_clamped``, > 0.
+        activation_limit: limit of ``swiglu_clamped`` and ``swiglu_limited``, > 0.
 
     Returns:
         [num_rows, width] or [num_rows, width / 2] in the dtype of ``pre_activation``. Differentiable once.
@@ -89,7 +90,7 @@ def moe_mlp(
         gate_up_bias: [num_experts, columns of the up projection] in the dtype of ``input``.
         down_bias: [num_experts, hidden_size] in the dtype of ``input``; it is weighted like the rest of the output.
         activation_alpha: alpha of ``swiglu_clamped``.
-        activation_limit: limit of ``swiglu_clamped``, > 0.
+        activation_limit: limit of ``swiglu_clamped`` and ``swiglu_limited``, > 0.
 
     Returns:
         [num_tokens, hidden_size] in the dtype of ``input``; the sum over a token's slots is taken in fp32 and rounded

@@ -53,7 +53,7 @@ def grouped_gemm(
         activation: ``"none"`` or one of ``moe_ext.activation_names.ACTIVATIONS``, applied to the product.
         gate_up_layout: how gate and up columns lie for a gated activation: ``"concatenated"`` or ``"interleaved"``.
         activation_alpha: the slope inside the sigmoid of ``"swiglu_clamped"``.
-        activation_limit: the clamp of ``"swiglu_clamped"``, > 0.
+        activation_limit: the clamp of ``"swiglu_clamped"`` and ``"swiglu_limited"``, > 0.
 
     Returns:
         [num_rows, out_features] (half as wide under a gated activation) in the dtype of ``input``, accumulated in
