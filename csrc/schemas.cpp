@@ -81,7 +81,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "moe_mlp_backward(Tensor grad_output, Tensor input, Tensor gate_up_weight, Tensor down_weight, "
       "Tensor expert_offsets, Tensor permuted_to_slot, Tensor slot_to_permuted, Tensor? topk_weights, "
       "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre_activation, int topk, str weight_layout, str activation, "
-      "str gate_up_layout, float activation_alpha, float activation_limit) "
+      "str gate_up_layout, float activation_alpha, float activation_limit, bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_gate_up_weight, Tensor grad_down_weight, Tensor grad_topk_weights, "
       "Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 

@@ -7,12 +7,31 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "../grouped_gemm/groups.h"
 #include "../permutation/unpermute.h"
 #include "activation.h"
 
 namespace moe_ext {
+
+// Which gradients moe_mlp_backward computes: output_mask, in the order of its results. What is not asked for, or has no
+// argument, comes back empty and costs no product.
+struct MlpGradientMask {
+  bool input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias;
+};
+
+inline MlpGradientMask check_output_mask(const std::vector<bool>& output_mask, bool has_topk_weights,
+                                         bool has_gate_up_bias, bool has_down_bias) {
+  MOE_CHECK(output_mask.size() == 6, "output_mask: expected 6 entries, one for each gradient, got ",
+            output_mask.size());
+  return {output_mask[0],
+          output_mask[1],
+          output_mask[2],
+          output_mask[3] && has_topk_weights,
+          output_mask[4] && has_gate_up_bias,
+          output_mask[5] && has_down_bias};
+}
 
 struct MlpShape {
   RowMaps maps;
@@ -104,7 +123,8 @@ inline MlpShape check_moe_mlp_backward(const Tensor& grad_output, const Tensor& 
       const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                  \
       const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                          \
       const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
-      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit);
+      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit,          \
+      std::vector<bool> output_mask);
 namespace cpu {
 MOE_DECLARE_MOE_MLP
 }
