@@ -23,12 +23,13 @@ void clear_rows(Tensor& tensor, int64_t first, int64_t last) {
 
 char* data_of(Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
-// Weight gradients of experts without rows are zeros.
-void clear_unused_experts(Tensor& gradient, const std::vector<int64_t>& boundaries) {
+// Weight gradients of experts without rows, or that are not trained, are zeros.
+void clear_unused_experts(Tensor& gradient, const std::vector<int64_t>& boundaries, const bool* trains) {
   const int64_t bytes = gradient.size(1) * gradient.size(2) * static_cast<int64_t>(gradient.element_size());
   parallel_rows(gradient.size(0), bytes, [&](int64_t first, int64_t last) {
     for (int64_t expert = first; expert < last; ++expert) {
-      if (boundaries[expert] == boundaries[expert + 1]) std::memset(data_of(gradient) + expert * bytes, 0, bytes);
+      const bool unused = boundaries[expert] == boundaries[expert + 1] || (trains && !trains[expert]);
+      if (unused) std::memset(data_of(gradient) + expert * bytes, 0, bytes);
     }
   });
 }
@@ -44,13 +45,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,
     const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout,
     std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit,
-    std::vector<bool> output_mask) {
+    std::vector<bool> output_mask, const std::optional<Tensor>& trainable_experts) {
   const MlpShape shape =
       check_moe_mlp_backward(grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
                              slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
                              weight_layout, activation, gate_up_layout, activation_alpha, activation_limit);
   const MlpGradientMask wanted =
       check_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
+  check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
+  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
+  const bool* trains = trainable ? trainable->const_data_ptr<bool>() : nullptr;
   const bool enk = check_weight_layout(weight_layout) == WeightLayout::kENK;
   // The layout under which the same memory multiplies gradients.
   const WeightLayout backward_layout = enk ? WeightLayout::kEKN : WeightLayout::kENK;
@@ -81,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     clear_rows(grad_rows, 0, boundaries.front());
     clear_rows(grad_rows, boundaries.back(), num_rows);
   }
-  clear_unused_experts(grad_gate_up, boundaries);
-  clear_unused_experts(grad_down, boundaries);
+  clear_unused_experts(grad_gate_up, boundaries, trains);
+  clear_unused_experts(grad_down, boundaries, trains);
   const bool stream = static_cast<int64_t>(grad_gate_up.numel()) * size > kStreamedBytes;
 
   // What a stage multiplies; the rows that it reads or writes need no memory yet to be cut into tiles.
@@ -134,8 +138,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
       },
       [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
         const auto group = static_cast<int32_t>(index);
-        for (const auto& [stage, runs] : {std::pair{kDownWeight, wanted.down_weight},
-                                          {kGateUpWeight, wanted.gate_up_weight},
+        const bool trained = !trains || trains[groups[index].expert];
+        for (const auto& [stage, runs] : {std::pair{kDownWeight, wanted.down_weight && trained},
+                                          {kGateUpWeight, wanted.gate_up_weight && trained},
                                           {kInputRows, wanted.input}}) {
           if (runs) queue.add(stage, group, grid_of(stage, groups[index]), waits, done);
         }

@@ -23,10 +23,12 @@ std::tuple<Tensor, Tensor> compose_moe_mlp(const Tensor& input, const Tensor& ga
                                            const std::optional<Tensor>& down_bias, int64_t topk,
                                            const std::string& weight_layout, const std::string& activation,
                                            const std::string& gate_up_layout, double activation_alpha,
-                                           double activation_limit, bool save_pre_activation) {
-  check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot, slot_to_permuted, topk_weights,
-                gate_up_bias, down_bias, topk, weight_layout, activation, gate_up_layout, activation_alpha,
-                activation_limit);
+                                           double activation_limit, bool save_pre_activation,
+                                           const std::optional<Tensor>& trainable_experts) {
+  const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
+                                       slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
+                                       activation, gate_up_layout, activation_alpha, activation_limit);
+  check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
   auto [activated, pre_activation] = Backend::grouped_gemm(
       input, gate_up_weight, expert_offsets, weight_layout, gate_up_bias, permuted_to_slot, slot_to_permuted, topk,
       activation, gate_up_layout, activation_alpha, activation_limit, save_pre_activation);
@@ -50,7 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
     const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,
     const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk,
     const std::string& weight_layout, const std::string& activation, const std::string& gate_up_layout,
-    double activation_alpha, double activation_limit, const std::vector<bool>& output_mask) {
+    double activation_alpha, double activation_limit, const std::vector<bool>& output_mask,
+    const std::optional<Tensor>& trainable_experts) {
   const MlpShape shape =
       check_moe_mlp_backward(grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
                              slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
@@ -85,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
   // The gathered side is wgrad's `input`, so the two factors of the down projection change places.
   const auto weight_gradient = [&](const GatheredRows& a, const Tensor& grad, const std::string& layout) {
     return Backend::grouped_gemm_wgrad(a.rows, grad, expert_offsets, layout, a.permuted_to_slot, a.slot_to_permuted,
-                                       topk, std::nullopt);
+                                       topk, std::nullopt, trainable_experts);
   };
   const Tensor grad_down_weight =
       wanted.down_weight ? weight_gradient(grad_rows, row_gradients.scaled, backward_layout) : empty_like(down_weight);
@@ -115,11 +118,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
       const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,     \
       const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,               \
       std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,        \
-      double activation_limit, bool save_pre_activation) {                                                           \
+      double activation_limit, bool save_pre_activation, const std::optional<Tensor>& trainable_experts) {           \
     return compose_moe_mlp<Backend>(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,            \
                                     slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,    \
                                     activation, gate_up_layout, activation_alpha, activation_limit,                  \
-                                    save_pre_activation);                                                            \
+                                    save_pre_activation, trainable_experts);                                         \
   }                                                                                                                  \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                       \
       const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,       \
@@ -127,11 +130,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
       const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                          \
       const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
       std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit,          \
-      std::vector<bool> output_mask) {                                                                               \
-    return compose_moe_mlp_backward<Backend>(grad_output, input, gate_up_weight, down_weight, expert_offsets,        \
-                                             permuted_to_slot, slot_to_permuted, topk_weights, gate_up_bias,         \
-                                             down_bias, pre_activation, topk, weight_layout, activation,             \
-                                             gate_up_layout, activation_alpha, activation_limit, output_mask);       \
+      std::vector<bool> output_mask, const std::optional<Tensor>& trainable_experts) {                               \
+    return compose_moe_mlp_backward<Backend>(                                                                        \
+        grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot, slot_to_permuted,         \
+        topk_weights, gate_up_bias, down_bias, pre_activation, topk, weight_layout, activation, gate_up_layout,      \
+        activation_alpha, activation_limit, output_mask, trainable_experts);                                         \
   }
 
 }  // namespace moe_ext

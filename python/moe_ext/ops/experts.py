@@ -66,6 +66,7 @@ def moe_mlp(
     down_bias: Tensor | None = None,
     activation_alpha: float = 1.702,
     activation_limit: float = 7.0,
+    trainable_experts: Tensor | None = None,
 ) -> Tensor:
     """Run every token through its experts: gather, up projection, activation, down projection, weighted sum.
 
@@ -91,6 +92,8 @@ def moe_mlp(
         down_bias: [num_experts, hidden_size] in the dtype of ``input``; it is weighted like the rest of the output.
         activation_alpha: alpha of ``swiglu_clamped``.
         activation_limit: limit of ``swiglu_clamped`` and ``swiglu_limited``, > 0.
+        trainable_experts: [num_experts] bool; weights and biases of an expert whose entry is False get gradient zero,
+            and no product is spent on it (the frozen experts of MoExtend). None trains all.
 
     Returns:
         [num_tokens, hidden_size] in the dtype of ``input``; the sum over a token's slots is taken in fp32 and rounded
@@ -123,6 +126,7 @@ def moe_mlp(
         activation_alpha,
         activation_limit,
         save,
+        trainable_experts,
     )[0]
     return output
 
@@ -164,6 +168,7 @@ def _moe_mlp_fake(
     activation_alpha: float,
     activation_limit: float,
     save_pre_activation: bool,
+    trainable_experts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     width = gate_up_weight.shape[1] if weight_layout == "enk" else gate_up_weight.shape[2]
     saved_rows = permuted_to_slot.shape[0] if save_pre_activation else 0
@@ -190,6 +195,7 @@ def _moe_mlp_backward_fake(
     activation_alpha: float,
     activation_limit: float,
     output_mask: list[bool],
+    trainable_experts: Tensor | None,
 ) -> tuple[Tensor, ...]:
     router_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     arguments = (input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias)
@@ -216,25 +222,30 @@ def _expert_activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
 
 # Places of the floating arguments of moe_mlp, in the order of moe_mlp_backward's results.
 _FLOATING_ARGUMENTS = (0, 1, 2, 6, 7, 8)
+_BIASES = (7, 8)
 
 
 def _moe_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, topk, weight_layout, activation, gate_up_layout, alpha, limit, save_pre_activation = inputs
+    tensors, settings, (save_pre_activation, trainable_experts) = inputs[:9], inputs[9:15], inputs[15:]
     if not save_pre_activation:
         raise RuntimeError("save_pre_activation: expected True, since a gradient is asked for")
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.settings = (topk, weight_layout, activation, gate_up_layout, alpha, limit)
+    ctx.save_for_backward(*tensors, output[1], trainable_experts)
+    ctx.settings = settings
 
 
 def _moe_mlp_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 16
+    grads: list[Tensor | None] = [None] * 17
     if grad is not None:
         wanted = [ctx.needs_input_grad[place] for place in _FLOATING_ARGUMENTS]
-        results = _ops.moe_mlp_backward(grad, *ctx.saved_tensors, *ctx.settings, wanted)
+        *tensors, trainable_experts = ctx.saved_tensors
+        results = _ops.moe_mlp_backward(grad, *tensors, *ctx.settings, wanted, trainable_experts)
         for place, result, asked_for in zip(_FLOATING_ARGUMENTS, results, wanted, strict=True):
             grads[place] = result if asked_for else None
+        for place in _BIASES if trainable_experts is not None else ():
+            bias = grads[place]
+            grads[place] = None if bias is None else bias.masked_fill(~trainable_experts[:, None], 0)
     return tuple(grads)
 
 
