@@ -1,7 +1,30 @@
 """Thin modules over the ops."""
 
-from moe_ext.nn.experts import Experts
-from moe_ext.nn.layer import LayerStatistics, MoELayer, MoEOutput, SharedExpert
-from moe_ext.nn.router import TopKRouter
+from moe_ext.nn.experts import (
+    ExpertGroups,
+    Experts,
+    LinearExperts,
+    ModuleExperts,
+    ProjectedExperts,
+    ZeroComputationExperts,
+)
+from moe_ext.nn.layer import LayerStatistics, MoE, MoELayer, MoEOutput, SharedExpert
+from moe_ext.nn.router import ExpertChoiceRouter, Router, Routing, TopKRouter
 
-__all__ = ["Experts", "LayerStatistics", "MoELayer", "MoEOutput", "SharedExpert", "TopKRouter"]
+__all__ = [
+    "ExpertChoiceRouter",
+    "ExpertGroups",
+    "Experts",
+    "LayerStatistics",
+    "LinearExperts",
+    "MoE",
+    "MoELayer",
+    "MoEOutput",
+    "ModuleExperts",
+    "ProjectedExperts",
+    "Router",
+    "Routing",
+    "SharedExpert",
+    "TopKRouter",
+    "ZeroComputationExperts",
+]
