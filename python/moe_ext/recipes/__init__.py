@@ -18,4 +18,30 @@ A recipe says what a system is, not how it is computed:
   float64, forward and backward.
 """
 
-__all__: list[str] = []
+from moe_ext.recipes.aw_moe import AWMoE
+from moe_ext.recipes.btm import average_parameters, cached_log_prior, domain_posterior, ensemble
+from moe_ext.recipes.feamoe import FEAMOE
+from moe_ext.recipes.mdcs import MDCS
+from moe_ext.recipes.moe_fusion import MoEFusion, MoEVRD
+from moe_ext.recipes.mousi import MouSiFusion
+from moe_ext.recipes.pmoe import PMOE
+from moe_ext.recipes.switch_dit import SwitchDiTBlock
+from moe_ext.recipes.tame import TAME
+from moe_ext.recipes.task_expert import TaskExpert
+
+__all__ = [
+    "FEAMOE",
+    "MDCS",
+    "PMOE",
+    "TAME",
+    "AWMoE",
+    "MoEFusion",
+    "MoEVRD",
+    "MouSiFusion",
+    "SwitchDiTBlock",
+    "TaskExpert",
+    "average_parameters",
+    "cached_log_prior",
+    "domain_posterior",
+    "ensemble",
+]
