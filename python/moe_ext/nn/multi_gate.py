@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import moe_ext
+from moe_ext.nn.soft import ExpertsModule, expert_rows
 from moe_ext.plan_types import RoutingPlan
 
 
@@ -100,3 +101,28 @@ def multi_gate_combine(
     if len(topk_weights) != len(plan.gates):
         raise ValueError(f"topk_weights: expected one per gate, {len(plan.gates)}, got {len(topk_weights)}")
     return [ops.unpermute(rows, *maps, weights) for maps, weights in zip(plan.gates, topk_weights, strict=True)]
+
+
+def multi_gate_mixture(
+    experts: ExpertsModule,
+    hidden: Tensor,
+    topk_ids: Sequence[Tensor],
+    topk_weights: Sequence[Tensor | None],
+    num_experts: int,
+    *,
+    ops: ModuleType = moe_ext,
+) -> list[Tensor]:
+    """N gates over one set of experts: each (token, expert) that any gate asks for is one row of one grouped product.
+
+    Args:
+        experts: any kind of experts, ``num_experts`` of them.
+        hidden: [num_tokens, hidden_size].
+        topk_ids, topk_weights: one of each per gate, as in :func:`multi_gate_plan` and :func:`multi_gate_combine`.
+        ops: ``moe_ext`` or ``moe_ext.reference``.
+
+    Returns:
+        One [num_tokens, out_features] per gate: what N layers of the same experts would give.
+    """
+    plan = multi_gate_plan(topk_ids, num_experts, ops=ops)
+    width = plan.plan.topk_of(hidden.shape[0])
+    return multi_gate_combine(expert_rows(experts, hidden, plan.plan, width, ops=ops), plan, topk_weights, ops=ops)

@@ -11,8 +11,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from moe_ext.nn.backend import Backend, BackendModule
+from moe_ext.nn.backend import Backend
 from moe_ext.nn.losses import cv_squared, expert_importance, smooth_load
+from moe_ext.nn.router import Router
+from moe_ext.ops.gating import ScoreFunction
 
 
 def gaussian_noise(
@@ -81,22 +83,22 @@ def input_jitter(hidden: Tensor, epsilon: float = 1e-2, *, generator: Generator 
 
 
 class NoisyRouting(NamedTuple):
-    """What :class:`NoisyTopKRouter` returns."""
+    """A :class:`moe_ext.nn.Routing` with a loss of its own."""
 
     topk_weights: Tensor
     """[num_tokens, topk], a softmax over the picked noisy logits."""
     topk_ids: Tensor
     """[num_tokens, topk] int32."""
+    logits: Tensor
+    """[num_tokens, num_experts], with the noise."""
     balance_loss: Tensor
     """Scalar: CV^2 of importance plus CV^2 of load; Shazeer et al. multiply it with 0.01."""
 
 
-class NoisyTopKRouter(BackendModule):
-    """Noisy top-k gating (Shazeer et al. 2017): linear logits plus noise of a learned deviation,
-    softmax over the top k.
+class NoisyTopKRouter(Router):
+    """Noisy top-k gating (Shazeer et al. 2017): logits plus noise of a learned deviation, softmax over the top k.
 
-    In evaluation there is no noise. Logits are computed in fp32, under autocast too; both weights start at 0, as in the
-    paper, so that the first picks are pure noise.
+    In evaluation there is no noise. Both linear maps start at 0, as in the paper: the first picks are pure noise.
 
     Args:
         hidden_size, num_experts, topk: sizes.
@@ -107,29 +109,27 @@ class NoisyTopKRouter(BackendModule):
     def __init__(
         self, hidden_size: int, num_experts: int, topk: int, *, epsilon: float = 1e-2, backend: Backend = "kernels"
     ) -> None:
-        super().__init__(backend)
-        self.num_experts, self.topk, self.epsilon = num_experts, topk, epsilon
-        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+        clean, noise = (nn.Linear(hidden_size, num_experts, bias=False) for _ in range(2))
+        nn.init.zeros_(clean.weight)
+        nn.init.zeros_(noise.weight)
+        super().__init__(hidden_size, num_experts, topk, clean, backend)
+        self.epsilon, self.noise = epsilon, noise
+
+    @property
+    def score_function(self) -> ScoreFunction:
+        return "softmax"
 
     def forward(self, hidden: Tensor, *, generator: Generator | None = None) -> NoisyRouting:
         """hidden [num_tokens, hidden_size] -> :class:`NoisyRouting`; the load is smooth while there is noise."""
-        precision = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden.to(precision)
-            clean = F.linear(rows, self.weight.to(precision))
-            if self.training:
-                noise_logits = F.linear(rows, self.noise_weight.to(precision))
-                logits, std = gaussian_noise(clean, noise_logits, epsilon=self.epsilon, generator=generator)
-            else:
-                logits = clean
-            weights, ids = self.ops.topk_gating(logits, self.topk, score_order="select_then_score")
-            if self.training and self.topk < self.num_experts:
-                load = smooth_load(clean, logits, std, self.topk)
-            else:
-                load = expert_importance((ids >= 0).to(precision), ids, self.num_experts)
-            loss = cv_squared(expert_importance(weights, ids, self.num_experts)) + cv_squared(load)
-        return NoisyRouting(weights, ids, loss)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.weight.shape[1]}, num_experts={self.num_experts}, topk={self.topk}"
+        logits = clean = self.compute_logits(hidden)
+        if self.training:
+            with torch.autocast(hidden.device.type, enabled=False):
+                noise_logits = F.linear(hidden.to(clean.dtype), self.noise.weight.to(clean.dtype))
+            logits, std = gaussian_noise(clean, noise_logits, epsilon=self.epsilon, generator=generator)
+        weights, ids = self.ops.topk_gating(logits, self.topk, score_order="select_then_score")
+        if self.training and self.topk < self.num_experts:
+            load = smooth_load(clean, logits, std, self.topk)
+        else:
+            load = expert_importance(torch.ones_like(weights), ids, self.num_experts)
+        loss = cv_squared(expert_importance(weights, ids, self.num_experts)) + cv_squared(load)
+        return NoisyRouting(weights, ids, logits, loss)

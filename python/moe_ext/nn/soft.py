@@ -1,13 +1,18 @@
-"""Dense ("soft") routing: every token through every expert, combined by a matrix of weights."""
+"""Dense ("soft") routing, and the outputs of experts before they are combined."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+import moe_ext
 from moe_ext.plan_types import RoutingPlan
+
+ExpertsModule = Callable[[Tensor, RoutingPlan, Tensor | None], Tensor]
+"""Called with rows, plan and weights: :class:`moe_ext.nn.Experts` and every other kind."""
 
 
 def dense_plan(num_tokens: int, num_experts: int, *, device: torch.device | str) -> RoutingPlan:
@@ -28,13 +33,11 @@ def dense_plan(num_tokens: int, num_experts: int, *, device: torch.device | str)
     )
 
 
-def dense_mixture(
-    experts: Callable[[Tensor, RoutingPlan, Tensor | None], Tensor], hidden: Tensor, weights: Tensor
-) -> Tensor:
+def dense_mixture(experts: ExpertsModule, hidden: Tensor, weights: Tensor) -> Tensor:
     """``sum_e weights[t, e] * expert_e(hidden[t])``: one grouped product per projection over all experts.
 
     Args:
-        experts: :class:`moe_ext.nn.Experts`, or anything that is called as it is.
+        experts: any kind of experts.
         hidden: [num_tokens, hidden_size].
         weights: [num_tokens, num_experts] float32 (float64 for float64 ``hidden``): any, a softmax or none.
 
@@ -50,3 +53,42 @@ def dense_mixture(
             f"got {list(weights.shape)}"
         )
     return experts(hidden, dense_plan(*weights.shape, device=hidden.device), weights)
+
+
+def dense_outputs(experts: ExpertsModule, hidden: Tensor, num_experts: int, *, ops: ModuleType = moe_ext) -> Tensor:
+    """Every expert's own output for every token, for mixtures that do not add them up.
+
+    Args:
+        experts: any kind of experts, ``num_experts`` of them.
+        hidden: [num_tokens, hidden_size].
+        ops: ``moe_ext`` or ``moe_ext.reference``.
+
+    Returns:
+        [num_experts, num_tokens, out_features], differentiable in ``hidden`` and the experts' parameters.
+    """
+    plan = dense_plan(hidden.shape[0], num_experts, device=hidden.device)
+    rows = expert_rows(experts, hidden, plan, num_experts, ops=ops)
+    return rows.view(num_experts, hidden.shape[0], rows.shape[1])
+
+
+def expert_rows(
+    experts: ExpertsModule, hidden: Tensor, plan: RoutingPlan, topk: int, *, ops: ModuleType = moe_ext
+) -> Tensor:
+    """What experts of any kind give for each row of a plan, not yet combined.
+
+    The rows are gathered once and run under a plan in which each is a token of its own.
+
+    Args:
+        experts: any kind of experts.
+        hidden: [num_tokens, hidden_size].
+        plan: a :func:`moe_ext.routing_plan` without row alignment.
+        topk: slots per token of ``plan``.
+        ops: ``moe_ext`` or ``moe_ext.reference``.
+
+    Returns:
+        [M, out_features] in the order of ``plan``, zeros in its tail.
+    """
+    rows = ops.permute(hidden, plan.permuted_to_slot, plan.slot_to_permuted, topk)
+    own = torch.arange(rows.shape[0], dtype=torch.int32, device=hidden.device)
+    own = torch.where(plan.permuted_to_slot >= 0, own, -1)
+    return experts(rows, plan._replace(permuted_to_slot=own, slot_to_permuted=own), None)

@@ -18,4 +18,37 @@ A recipe says what a system is, not how it is computed:
   float64, forward and backward.
 """
 
-__all__: list[str] = []
+from moe_ext.recipes.bam import BAM
+from moe_ext.recipes.bigmac import BigMac
+from moe_ext.recipes.clip_moe import CLIPMoE, upcycle_clip
+from moe_ext.recipes.deepseek_moe import DeepSeekMoE, DeepSeekV2MoE, DeepSeekV3MoE
+from moe_ext.recipes.emoe import EMoE
+from moe_ext.recipes.ewa import EWA
+from moe_ext.recipes.factor_llm import FactorLLM
+from moe_ext.recipes.fsmoe import FSMoE
+from moe_ext.recipes.mentor import MENTOR, mentor_loss
+from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
+from moe_ext.recipes.moextend import MoExtend, layers_to_extend
+from moe_ext.recipes.moirai_moe import MoiraiMoE
+from moe_ext.recipes.post_moe import PostMoE
+
+__all__ = [
+    "BAM",
+    "EWA",
+    "MENTOR",
+    "BigMac",
+    "CLIPMoE",
+    "DeepSeekMoE",
+    "DeepSeekV2MoE",
+    "DeepSeekV3MoE",
+    "EMoE",
+    "FSMoE",
+    "FactorLLM",
+    "MoEPlusPlus",
+    "MoExtend",
+    "MoiraiMoE",
+    "PostMoE",
+    "layers_to_extend",
+    "mentor_loss",
+    "upcycle_clip",
+]
