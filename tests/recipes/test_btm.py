@@ -6,7 +6,7 @@ import torch
 
 from cases import make_rows
 from compare import relative_error
-from moe_ext.recipes import average_parameters, cached_log_prior, domain_posterior, ensemble
+from moe_ext.recipes import btm_average, btm_ensemble, btm_log_prior, btm_posterior
 
 E, B, S, V = 3, 2, 4, 5
 
@@ -24,8 +24,8 @@ def of_tokens(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def test_posterior_and_ensemble_are_bayes_rule():
     log_probs, tokens = make_models()
     prior = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    log_posterior = domain_posterior(of_tokens(log_probs, tokens), prior.log())
-    mixed = ensemble(log_probs, log_posterior[..., :-1])
+    log_posterior = btm_posterior(of_tokens(log_probs, tokens), prior.log())
+    mixed = btm_ensemble(log_probs, log_posterior[..., :-1])
     for b in range(B):
         joint = prior.clone()
         for t in range(S):
@@ -39,10 +39,10 @@ def test_posterior_and_ensemble_are_bayes_rule():
 def test_topk_keeps_the_likeliest_and_their_gradients():
     log_probs, tokens = make_models()
     log_probs.requires_grad_()
-    log_posterior = domain_posterior(of_tokens(log_probs, tokens), torch.zeros(E, dtype=torch.float64))[..., :-1]
-    everyone = ensemble(log_probs, log_posterior, topk=E)
-    assert relative_error(everyone, ensemble(log_probs, log_posterior)) < 1e-12
-    best_two = ensemble(log_probs, log_posterior, topk=2)
+    log_posterior = btm_posterior(of_tokens(log_probs, tokens), torch.zeros(E, dtype=torch.float64))[..., :-1]
+    everyone = btm_ensemble(log_probs, log_posterior, topk=E)
+    assert relative_error(everyone, btm_ensemble(log_probs, log_posterior)) < 1e-12
+    best_two = btm_ensemble(log_probs, log_posterior, topk=2)
     # At t = 0 nothing has been seen: the posteriors tie, and the lower ids win.
     assert relative_error(best_two[:, 0].exp(), log_probs[:2, :, 0].exp().mean(0)) < 1e-12
     posterior, best_two = log_posterior[..., 1:].exp(), best_two[:, 1:]
@@ -63,8 +63,8 @@ def test_cached_prior_moves_to_the_model_that_explains_the_text():
     for i in range(2):
         posterior = prior * sequences[:, i, 0].exp()
         prior = 0.3 * posterior / posterior.sum() + 0.7 * prior
-    assert relative_error(cached_log_prior(sequences).exp(), prior) < 1e-12
-    many = cached_log_prior(sequences[:, :1].expand(3, 100, 1))
+    assert relative_error(btm_log_prior(sequences).exp(), prior) < 1e-12
+    many = btm_log_prior(sequences[:, :1].expand(3, 100, 1))
     assert many.argmax() == 0 and many.exp()[0] > 0.9
 
 
@@ -73,6 +73,6 @@ def test_parameters_are_averaged_by_weight():
     for value, model in enumerate(models):
         model.weight.data.fill_(1.0 + 2 * value)
         model.num_batches_tracked.fill_(7)
-    merged = average_parameters([m.state_dict() for m in models], torch.tensor([0.25, 0.75]))
+    merged = btm_average([m.state_dict() for m in models], torch.tensor([0.25, 0.75]))
     assert merged["weight"].tolist() == [2.5] * 3 and merged["num_batches_tracked"] == 7
     torch.nn.BatchNorm1d(3).load_state_dict(merged)

@@ -14,12 +14,14 @@ from moe_ext.nn.multi_gate import GateMaps, MultiGatePlan, multi_gate_combine, m
 from moe_ext.nn.noise import NoisyRouting, NoisyTopKRouter, gaussian_noise, gumbel_noise, input_jitter, straight_through
 from moe_ext.nn.router import ExpertChoiceRouter, Router, Routing, TopKRouter
 from moe_ext.nn.soft import dense_mixture, dense_outputs, dense_plan, expert_rows
+from moe_ext.nn.topology import InPlaceOfMLP, replace_modules
 
 __all__ = [
     "ExpertChoiceRouter",
     "ExpertGroups",
     "Experts",
     "GateMaps",
+    "InPlaceOfMLP",
     "LayerStatistics",
     "LinearExperts",
     "MoE",
@@ -48,6 +50,7 @@ __all__ = [
     "multi_gate_combine",
     "multi_gate_mixture",
     "multi_gate_plan",
+    "replace_modules",
     "smooth_load",
     "straight_through",
     "update_selection_bias",

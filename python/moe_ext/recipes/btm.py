@@ -18,7 +18,7 @@ import moe_ext
 from moe_ext.nn import dense_weights
 
 
-def domain_posterior(token_log_probs: Tensor, log_prior: Tensor) -> Tensor:
+def btm_posterior(token_log_probs: Tensor, log_prior: Tensor) -> Tensor:
     """log p(expert | x_<t) for every position.
 
     Args:
@@ -32,17 +32,17 @@ def domain_posterior(token_log_probs: Tensor, log_prior: Tensor) -> Tensor:
     return torch.log_softmax(seen + log_prior[:, None, None], dim=0)
 
 
-def cached_log_prior(token_log_probs: Tensor, *, decay: float = 0.3) -> Tensor:
+def btm_log_prior(token_log_probs: Tensor, *, decay: float = 0.3) -> Tensor:
     """The prior [num_experts] after the sequences of token_log_probs [num_experts, num_sequences, length], in order."""
     num_experts, num_sequences, _ = token_log_probs.shape
     prior = token_log_probs.new_full((num_experts,), 1 / num_experts)
     for sequence in range(num_sequences):
-        posterior = domain_posterior(token_log_probs[:, sequence : sequence + 1], prior.log())[:, 0, -1].exp()
+        posterior = btm_posterior(token_log_probs[:, sequence : sequence + 1], prior.log())[:, 0, -1].exp()
         prior = decay * posterior + (1 - decay) * prior
     return prior.log()
 
 
-def ensemble(log_probs: Tensor, log_posterior: Tensor, topk: int | None = None) -> Tensor:
+def btm_ensemble(log_probs: Tensor, log_posterior: Tensor, topk: int | None = None) -> Tensor:
     """log p(x_t | x_<t) of the mixture.
 
     Args:
@@ -62,7 +62,7 @@ def ensemble(log_probs: Tensor, log_posterior: Tensor, topk: int | None = None) 
     return torch.logsumexp(log_probs + log_posterior[..., None], dim=0)
 
 
-def average_parameters(experts: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+def btm_average(experts: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
     """One model of all experts: the mean of their state dicts, weighted [num_experts]; integers are the first's."""
     return {
         name: torch.einsum("e,e...->...", weights.to(first.dtype), torch.stack([e[name] for e in experts]))
