@@ -39,8 +39,10 @@ from moe_ext.recipes.mousi import MouSiFusion
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
 from moe_ext.recipes.switch_dit import SwitchDiTBlock
+from moe_ext.recipes.switch_transformer import SwitchTransformer
 from moe_ext.recipes.tame import TAME
 from moe_ext.recipes.task_expert import TaskExpert
+from moe_ext.recipes.task_level_moe import TaskLevelMoE
 
 __all__ = [
     "BAM",
@@ -67,7 +69,9 @@ __all__ = [
     "MouSiFusion",
     "PostMoE",
     "SwitchDiTBlock",
+    "SwitchTransformer",
     "TaskExpert",
+    "TaskLevelMoE",
     "btm_average",
     "btm_ensemble",
     "btm_log_prior",
