@@ -2,7 +2,7 @@
 
 A recipe says what a system is, not how it is computed:
 
-- One file per system, ``recipes/<system>.py``, 20 to 80 lines; its public class or function carries the system's own
+- One file per system, ``recipes/<system>.py``, under 100 lines; its public class or function carries the system's own
   name (``EMoE``, ``CLIPMoE``) and is exported here.
 - The docstring of the file cites the paper (title, arXiv number), gives the mechanism as a formula, and marks as "our
   reading" what the paper leaves open.
