@@ -19,7 +19,17 @@ FILES = sorted(path for path in FOLDER.glob("*.py") if path.name != "__init__.py
 # Results and the parts of other primitives' signatures: nobody makes them by hand.
 RESULTS = {"GateMaps", "LayerStatistics", "MoEOutput", "MultiGatePlan", "NoisyRouting", "Routing"}
 # Bases, and the pieces that a primitive which is used is made of.
-PARTS = {"Router", "SharedExpert", "expert_rows", "multi_gate_combine", "multi_gate_plan"}
+PARTS = {
+    "Router",
+    "SharedExpert",
+    "cv_squared",
+    "expert_importance",
+    "expert_rows",
+    "gaussian_noise",
+    "multi_gate_combine",
+    "multi_gate_plan",
+    "smooth_load",
+}
 
 
 def names_used(path: Path) -> set[str]:
@@ -46,7 +56,7 @@ def test_a_recipe_is_short_cites_and_is_tested(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 100, f"{path.name}: a recipe is short"
     docstring = ast.get_docstring(ast.parse(text)) or ""
-    assert re.search(r"arXiv \d{4}\.\d{4,5}|\b(19|20)\d\d\b", docstring), f"{path.name}: cites no paper"
+    assert re.search(r"arXiv\s\d{4}\.\d{4,5}|\b(19|20)\d\d\b", docstring), f"{path.name}: cites no paper"
     assert (Path(__file__).parent / f"test_{path.stem}.py").exists()
 
 

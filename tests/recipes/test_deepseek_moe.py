@@ -77,3 +77,11 @@ def test_v3_is_the_block_of_transformers(backend):
     block.gate.e_score_correction_bias.copy_(layer.router.selection_bias)
     copy_weights(layer, block)
     compare_with_transformers(layer, block)
+
+
+def test_v3_balances_by_the_load_of_the_last_call(backend):
+    layer = DeepSeekV3MoE(*SIZES, num_groups=4, topk_groups=2, backend=backend).double()
+    layer(rows(40, 16))
+    load = layer.statistics.tokens_per_expert
+    layer.balance(rate=0.5)
+    assert load.min() < 15 < load.max() and torch.equal(layer.router.selection_bias, 0.5 * torch.sign(15 - load))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ext.nn import MoELayer, Routing
+from moe_ext.nn import MoELayer, Routing, update_selection_bias
 
 
 class DeepSeekMoE(MoELayer):
@@ -62,7 +62,7 @@ class DeepSeekV2MoE(DeepSeekMoE):
 
 
 class DeepSeekV3MoE(DeepSeekMoE):
-    """Sigmoid scores and loss-free balancing: whoever trains moves ``router.selection_bias``."""
+    """Sigmoid scores and loss-free balancing: call :meth:`balance` after each optimiser step."""
 
     def __init__(
         self,
@@ -83,3 +83,8 @@ class DeepSeekV3MoE(DeepSeekMoE):
             "scale": scale,
         }
         super().__init__(*sizes, num_shared=num_shared, router=router, **options)
+
+    def balance(self, rate: float = 1e-3) -> None:
+        """Move the selection bias by the load of the last call; data-parallel ranks must have summed it before."""
+        assert self.statistics is not None and self.router.selection_bias is not None
+        update_selection_bias(self.router.selection_bias, self.statistics.tokens_per_expert, rate=rate)
