@@ -126,9 +126,11 @@ class NoisyTopKRouter(Router):
             with torch.autocast(hidden.device.type, enabled=False):
                 noise_logits = F.linear(hidden.to(clean.dtype), self.noise.weight.to(clean.dtype))
             logits, std = gaussian_noise(clean, noise_logits, epsilon=self.epsilon, generator=generator)
-        weights, ids = self.ops.topk_gating(logits, self.topk, score_order="select_then_score")
+        weights, ids, next_logit = self.ops.topk_gating(
+            logits, self.topk, score_order="select_then_score", return_next_logit=True
+        )
         if self.training and self.topk < self.num_experts:
-            load = smooth_load(clean, logits, std, self.topk)
+            load = smooth_load(clean, logits, std, ids, next_logit)
         else:
             load = expert_importance(torch.ones_like(weights), ids, self.num_experts)
         loss = cv_squared(expert_importance(weights, ids, self.num_experts)) + cv_squared(load)

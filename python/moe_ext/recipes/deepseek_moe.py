@@ -86,5 +86,6 @@ class DeepSeekV3MoE(DeepSeekMoE):
 
     def balance(self, rate: float = 1e-3) -> None:
         """Move the selection bias by the load of the last call; data-parallel ranks must have summed it before."""
-        assert self.statistics is not None and self.router.selection_bias is not None
-        update_selection_bias(self.router.selection_bias, self.statistics.tokens_per_expert, rate=rate)
+        bias = self.router.selection_bias
+        assert isinstance(bias, Tensor) and self.statistics is not None
+        update_selection_bias(bias, self.statistics.tokens_per_expert, rate=rate)
