@@ -46,7 +46,7 @@ def test_a_recipe_is_short_cites_and_is_tested(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 100, f"{path.name}: a recipe is short"
     docstring = ast.get_docstring(ast.parse(text)) or ""
-    assert re.search(r"arXiv \d{4}\.\d{4,5}|\b(19|20)\d\d\b", docstring), f"{path.name}: cites no paper"
+    assert re.search(r"arXiv\s+\d{4}\.\d{4,5}|\b(19|20)\d\d\b", docstring), f"{path.name}: cites no paper"
     assert (Path(__file__).parent / f"test_{path.stem}.py").exists()
 
 
