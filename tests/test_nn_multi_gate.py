@@ -9,7 +9,7 @@ import moe_ext
 from cases import ROUTINGS, make_rows, make_topk_ids, make_topk_weights
 from compare import relative_error
 from moe_ext import reference
-from moe_ext.nn import multi_gate_combine, multi_gate_plan
+from moe_ext.nn import Experts, multi_gate_combine, multi_gate_mixture, multi_gate_plan
 
 
 def gates_of(num_tokens: int, num_experts: int, topks: tuple[int, ...], routing: str) -> list[torch.Tensor]:
@@ -91,3 +91,27 @@ def test_errors_name_the_argument():
         multi_gate_plan([], 4)
     with pytest.raises(ValueError, match="topk_weights: expected one per gate, 1, got 2"):
         multi_gate_combine(torch.zeros(6, 2), multi_gate_plan([ids], 4), [None, None])
+
+
+def test_one_set_of_experts_under_two_gates_multiplies_each_row_once():
+    """The experts see one row per pair that any gate asks for; outputs are those of one layer per gate."""
+    gates = gates_of(33, 7, (2, 3), "zipf")
+    weights = [make_topk_weights(33, k, dtype=torch.float64, seed=k) for k in (2, 3)]
+    experts = Experts(7, 12, 5).double()
+    hidden = make_rows(33, 12, dtype=torch.float64).requires_grad_()
+    rows_seen = []
+    hook = experts.register_forward_hook(
+        lambda module, args, output: rows_seen.append(int(args[1].tokens_per_expert.sum()))
+    )
+    outputs = multi_gate_mixture(experts, hidden, gates, weights, 7)
+    hook.remove()
+    assert rows_seen == [distinct(gates, 7)] and rows_seen[0] < 33 * 5
+    alone = [experts(hidden, moe_ext.routing_plan(ids, 7), w) for ids, w in zip(gates, weights, strict=True)]
+    inputs = [hidden, *experts.parameters()]
+    grads = [make_rows(33, 12, dtype=torch.float64, seed=n) for n in range(2)]
+    for a, b in zip(outputs, alone, strict=True):
+        assert relative_error(a, b) < 1e-12
+    for a, b in zip(
+        torch.autograd.grad(outputs, inputs, grads), torch.autograd.grad(alone, inputs, grads), strict=True
+    ):
+        assert relative_error(a, b) < 1e-12

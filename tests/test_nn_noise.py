@@ -75,8 +75,8 @@ def test_input_jitter_stays_within_epsilon():
 
 def shazeer(router: NoisyTopKRouter, hidden: torch.Tensor, normal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gates [num_tokens, num_experts] and loss as the paper has them, expert by expert."""
-    clean = hidden @ router.weight.T
-    std = F.softplus(hidden @ router.noise_weight.T) + router.epsilon
+    clean = hidden @ router.logits.weight.T
+    std = F.softplus(hidden @ router.noise.weight.T) + router.epsilon
     noisy = clean + normal * std
     kept = noisy >= noisy.topk(router.topk, dim=1).values[:, -1:]
     gates = torch.softmax(noisy.masked_fill(~kept, float("-inf")), dim=1)
@@ -110,11 +110,11 @@ def test_noisy_router_is_shazeers(topk, backend):
 
 def test_noisy_router_in_evaluation_counts_tokens():
     router = NoisyTopKRouter(8, 5, 2).eval()
-    router.weight.data.copy_(make_rows(5, 8, dtype=torch.float32))
+    router.logits.weight.data.copy_(make_rows(5, 8, dtype=torch.float32))
     hidden = make_rows(33, 8, dtype=torch.float32, seed=7)
     first, second = router(hidden), router(hidden)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    weights, ids = moe_ext.topk_gating(hidden @ router.weight.T, 2, score_order="select_then_score")
+    weights, ids = moe_ext.topk_gating(hidden @ router.logits.weight.T, 2, score_order="select_then_score")
     assert torch.equal(first.topk_ids, ids) and relative_error(first.topk_weights, weights) < 1e-6
     load = torch.bincount(ids.flatten(), minlength=5).double()
     importance = torch.zeros(5, dtype=torch.float64).index_add(0, ids.flatten().long(), weights.double().flatten())
@@ -129,4 +129,4 @@ def test_noisy_router_of_all_experts_copies_and_low_precision():
     assert "topk=3" in repr(copy.deepcopy(router))
     empty = router(torch.zeros(0, 8))
     empty.balance_loss.backward()
-    assert empty.topk_ids.shape == (0, 3) and (router.weight.grad == 0).all()
+    assert empty.topk_ids.shape == (0, 3) and (router.logits.weight.grad == 0).all()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import moe_ext
 from cases import make_rows
 from compare import assert_deterministic, relative_error
-from moe_ext.nn import Experts, dense_mixture, dense_plan
+from moe_ext.nn import Experts, LinearExperts, ModuleExperts, dense_mixture, dense_outputs, dense_plan, expert_rows
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (1, 1), (33, 7), (5, 64)])
@@ -64,3 +65,31 @@ def test_errors_name_the_argument():
         dense_mixture(Experts(2, 4, 4), torch.zeros(3, 4), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="num_tokens, num_experts: expected >= 0 and >= 1, got 3 and 0"):
         dense_plan(3, 0, device="cpu")
+
+
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+@pytest.mark.parametrize("num_tokens", [0, 33])
+def test_dense_outputs_are_what_the_mixture_adds_up(num_tokens, backend):
+    experts = Experts(5, 12, 7, bias=True, backend=backend).double()
+    hidden = make_rows(num_tokens, 12, dtype=torch.float64).requires_grad_()
+    outputs = dense_outputs(experts, hidden, 5, ops=experts.ops)
+    ones = torch.eye(5, dtype=torch.float64)
+    expected = torch.stack([loop(hidden, w.expand(num_tokens, 5), *experts.parameters()) for w in ones])
+    assert relative_error(outputs, expected) < 1e-12
+    inputs = [hidden, *experts.parameters()]
+    grad = make_rows(5, num_tokens, 12, dtype=torch.float64, seed=4)
+    for a, b in zip(
+        torch.autograd.grad(outputs, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        assert relative_error(a, b) < 1e-12
+
+
+def test_expert_rows_of_any_kind_with_dropped_slots():
+    ids = torch.tensor([[2, -1], [0, 2], [-1, 5]], dtype=torch.int32)
+    plan = moe_ext.routing_plan(ids, 3)
+    hidden = make_rows(3, 4, dtype=torch.float32)
+    for experts in (LinearExperts(3, 4, 6), ModuleExperts([nn.Linear(4, 6) for _ in range(3)])):
+        rows = expert_rows(experts, hidden, plan, 2)
+        assert rows.shape == (6, 6) and (rows[3:] == 0).all()
+        summed = moe_ext.unpermute(rows, plan.permuted_to_slot, plan.slot_to_permuted, 2)
+        assert relative_error(summed, experts(hidden, plan, None)) < 1e-6
