@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import _register_namedtuple
 
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.nn.experts import Experts
@@ -22,6 +24,10 @@ class MoEOutput(NamedTuple):
     """Scalar, see :func:`moe_ext.router_losses`; multiply with a coefficient and add it to the loss."""
     z_loss: Tensor
     """Scalar, see :func:`moe_ext.router_losses`."""
+
+
+# torch.export writes the type of a module's result down by this name.
+_register_namedtuple(MoEOutput, serialized_type_name="moe_ext.nn.MoEOutput")
 
 
 class LayerStatistics(NamedTuple):
@@ -93,7 +99,7 @@ class MoELayer(BackendModule):
         """Rows an expert takes at most, None for no limit."""
         if self.capacity_factor is None:
             return None
-        return -int(-self.capacity_factor * num_tokens * self.router.topk // self.experts.num_experts)
+        return math.ceil(self.capacity_factor * num_tokens * self.router.topk / self.experts.num_experts)
 
     def forward(self, hidden: Tensor) -> MoEOutput:
         """hidden [..., hidden_size] with any leading dimensions -> :class:`MoEOutput`."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ext.nn.backend import Backend, BackendModule
+from moe_ext.ops.autocast import without_autocast
 from moe_ext.ops.gating import ScoreFunction, ScoreOrder
 
 
@@ -51,11 +52,13 @@ class TopKRouter(BackendModule):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [num_tokens, hidden_size] -> topk_weights, topk_ids [num_tokens, topk], logits [num_tokens, E]."""
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             logits = F.linear(hidden.to(precision), self.weight.to(precision))
         bias = None if self.selection_bias is None else self.selection_bias.to(precision)
         weights, ids = self.ops.topk_gating(
