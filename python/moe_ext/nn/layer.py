@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import _register_namedtuple
 
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.nn.experts import ExpertGroups, Experts, count_experts
@@ -27,6 +28,10 @@ class MoEOutput(NamedTuple):
     """Scalar, see :func:`moe_ext.router_losses`."""
     routing: Routing
     """What the router said, with gradients: for losses of one's own, or for the router of the next layer."""
+
+
+# torch.export writes the type of a module's result down by this name.
+_register_namedtuple(MoEOutput, serialized_type_name="moe_ext.nn.MoEOutput")
 
 
 class LayerStatistics(NamedTuple):

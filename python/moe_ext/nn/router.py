@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.nn.knobs import Knobs
+from moe_ext.ops.autocast import without_autocast
 from moe_ext.ops.gating import ScoreFunction, topk_gating
 
 
@@ -21,6 +23,10 @@ class Routing(NamedTuple):
     """[num_tokens, K] int32."""
     logits: Tensor
     """[num_tokens, num_experts], in the dtype of the weights."""
+
+
+# torch.export writes the type of a module's result down by this name.
+_register_namedtuple(Routing, serialized_type_name="moe_ext.nn.Routing")
 
 
 class Router(BackendModule):
@@ -45,7 +51,7 @@ class Router(BackendModule):
     def compute_logits(self, hidden: Tensor, *context: Any) -> Tensor:
         """hidden [num_tokens, hidden_size] -> logits [num_tokens, num_experts]."""
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             inputs = tuple(_widened(x, precision) for x in (hidden, *context))
             state = {**dict(self.logits.named_parameters()), **dict(self.logits.named_buffers())}
             narrow = {name: _widened(x, precision) for name, x in state.items() if x.is_floating_point()}
@@ -99,6 +105,11 @@ class TopKRouter(Router):
         self.gating = Knobs(topk_gating, gating, reserved=("selection_bias", "return_next_logit"))
         self.selection_bias: Tensor | None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
+
+    def reset_parameters(self) -> None:
+        """The bias only; the map to logits has a reset_parameters of its own."""
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
 
     @property
     def score_function(self) -> ScoreFunction:
