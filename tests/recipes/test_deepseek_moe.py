@@ -77,3 +77,15 @@ def test_v3_is_the_block_of_transformers(backend):
     block.gate.e_score_correction_bias.copy_(layer.router.selection_bias)
     copy_weights(layer, block)
     compare_with_transformers(layer, block)
+
+
+def test_v3_balances_without_a_loss():
+    """A bias that every token's best experts bring down, until the load is even to within a few tokens."""
+    layer = DeepSeekV3MoE(*SIZES, num_groups=1, topk_groups=1)
+    hidden = rows(64, 16).detach().float() + 1
+    layer(hidden)
+    before = layer.statistics.tokens_per_expert
+    for _ in range(200):
+        layer.balance(0.005)
+        layer(hidden)
+    assert before.max() > 40 and layer.statistics.tokens_per_expert.max() <= 27 and before.sum() == 64 * 3
