@@ -99,3 +99,15 @@ def test_all_tokens_at_the_zero_expert(backend):
     output = layer(hidden)
     assert (output.routing.topk_ids > 0).all()
     assert torch.equal(output.hidden, torch.zeros_like(hidden)) and relative_error(output.hidden, 0 * hidden) == 0
+
+
+def test_compiles_without_a_graph_break():
+    layer = MoEPlusPlus(HIDDEN, 12, FFN, capacity_factor=1.1)
+    hidden, previous = rows(33, HIDDEN).detach().float(), rows(33, TOTAL, seed=5).detach().float()
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        output = run(hidden, previous)
+        loss = output.hidden.square().sum() + output.balance_loss
+        results.append([output.hidden, output.routing.logits, *torch.autograd.grad(loss, list(layer.parameters()))])
+    for compiled, eager in zip(*results, strict=True):
+        assert relative_error(compiled, eager) < 1e-5

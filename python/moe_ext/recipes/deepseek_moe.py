@@ -62,7 +62,7 @@ class DeepSeekV2MoE(DeepSeekMoE):
 
 
 class DeepSeekV3MoE(DeepSeekMoE):
-    """Sigmoid scores and loss-free balancing: call :meth:`balance` after each optimiser step."""
+    """Sigmoid scores and loss-free balancing: call :meth:`balance` after every optimizer step."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class DeepSeekV3MoE(DeepSeekMoE):
         super().__init__(*sizes, num_shared=num_shared, router=router, **options)
 
     def balance(self, rate: float = 1e-3) -> None:
-        """Move the selection bias by the load of the last call; data-parallel ranks must have summed it before."""
+        """Move the selection bias by the load of the last call."""
         bias = self.router.selection_bias
         assert isinstance(bias, Tensor) and self.statistics is not None
         update_selection_bias(bias, self.statistics.tokens_per_expert, rate=rate)
