@@ -34,3 +34,11 @@ def test_every_task_gets_its_own_sum_of_shared_experts(topk):
     # One product of as many rows as pairs of token and expert that any task asks for.
     assert multiplied == [union] and (union == 17 * 5 if topk is None else union < 17 * 5)
     assert_same(found, expected, [hidden, memory, *model.parameters()])
+
+
+def test_compiles_without_a_graph_break():
+    model, hidden, memory = TaskExpert(8, 12, 5, 3, topk=2).double(), rows(17, 8), rows(3, 17, 8, seed=3)
+    inputs = [hidden, memory, *model.parameters()]
+    assert_same(
+        torch.compile(model, backend="aot_eager", fullgraph=True)(hidden, memory), model(hidden, memory), inputs
+    )
