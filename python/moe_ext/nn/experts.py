@@ -176,7 +176,7 @@ class ModuleExperts(BackendModule):
     experts do neither.
 
     Args:
-        experts: from ``[num_rows, *row_shape]`` to [num_rows, ...], the same for all.
+        experts: from ``[num_rows, *row_shape]`` to ``[num_rows, ...]``, the same for all.
         row_shape: the shape in which an expert sees a row of ``hidden``; () for [num_rows, hidden_size].
         backend: ``kernels``, or ``reference`` for the ops in plain torch.
     """

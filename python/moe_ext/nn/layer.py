@@ -26,8 +26,17 @@ class MoEOutput(NamedTuple):
     """Scalar, see :func:`moe_ext.router_losses`; multiply with a coefficient and add it to the loss."""
     z_loss: Tensor
     """Scalar, see :func:`moe_ext.router_losses`."""
-    routing: Routing
-    """What the router said, with gradients: for losses of one's own, or for the router of the next layer."""
+    topk_weights: Tensor
+    """[num_tokens, topk], as all that follows from the router: with gradients, for losses of one's own."""
+    topk_ids: Tensor
+    """[num_tokens, topk] int32."""
+    logits: Tensor
+    """[num_tokens, num_experts]."""
+
+    @property
+    def routing(self) -> Routing:
+        """What the router said."""
+        return Routing(self.topk_weights, self.topk_ids, self.logits)
 
 
 # torch.export writes the type of a module's result down by this name.
@@ -134,7 +143,7 @@ class MoE(BackendModule):
             routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
         )
         self.statistics = LayerStatistics(tokens_per_expert, dropped, routing.topk_ids)
-        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, routing)
+        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, *routing)
 
     def route(self, rows: Tensor, *context: Any, **gating: Any) -> Routing:
         """What the router says to rows [num_tokens, hidden_size]; where a system adds to its router."""

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import _register_namedtuple
 
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.nn.knobs import Knobs
@@ -23,10 +22,6 @@ class Routing(NamedTuple):
     """[num_tokens, K] int32."""
     logits: Tensor
     """[num_tokens, num_experts], in the dtype of the weights."""
-
-
-# torch.export writes the type of a module's result down by this name.
-_register_namedtuple(Routing, serialized_type_name="moe_ext.nn.Routing")
 
 
 class Router(BackendModule):
