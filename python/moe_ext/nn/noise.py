@@ -92,7 +92,7 @@ class NoisyRouting(NamedTuple):
     logits: Tensor
     """[num_tokens, num_experts], with the noise."""
     balance_loss: Tensor
-    """Scalar: CV^2 of importance plus CV^2 of load; Shazeer et al. multiply it with 0.01."""
+    """Scalar: CV^2 of importance plus CV^2 of load, to be multiplied with a coefficient (0.1 in the paper)."""
 
 
 class NoisyTopKRouter(Router):

@@ -41,6 +41,7 @@ from moe_ext.recipes.mousi import MouSiFusion
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
 from moe_ext.recipes.scmoe import self_contrast, weak_routing
+from moe_ext.recipes.sparsely_gated_moe import SparselyGatedMoE
 from moe_ext.recipes.switch_dit import SwitchDiTBlock
 from moe_ext.recipes.switch_transformer import SwitchTransformer
 from moe_ext.recipes.tame import TAME
@@ -72,6 +73,7 @@ __all__ = [
     "MoiraiMoE",
     "MouSiFusion",
     "PostMoE",
+    "SparselyGatedMoE",
     "SwitchDiTBlock",
     "SwitchTransformer",
     "TaskExpert",
