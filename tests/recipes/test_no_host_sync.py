@@ -14,9 +14,15 @@ from moe_ext.nn import Experts, ModuleExperts, MoELayer
 from moe_ext.recipes import (
     BAM,
     EWA,
+    FEAMOE,
+    MDCS,
     MENTOR,
+    PMOE,
+    TAME,
+    AWMoE,
     BigMac,
     CLIPMoE,
+    CMoE,
     DeepSeekMoE,
     DeepSeekV2MoE,
     DeepSeekV3MoE,
@@ -25,7 +31,12 @@ from moe_ext.recipes import (
     MoEPlusPlus,
     MoExtend,
     MoiraiMoE,
+    MouSiFusion,
     PostMoE,
+    SwitchDiTBlock,
+    SwitchTransformer,
+    TaskExpert,
+    TaskLevelMoE,
 )
 
 SIZES = (16, 12, 8, 2)
@@ -74,3 +85,31 @@ def test_a_host_sync_would_show():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         experts = ModuleExperts([nn.Linear(16, 16) for _ in range(4)])
         experts(torch.randn(5, 16), moe_ext.routing_plan(torch.zeros(5, 2, dtype=torch.int32), 4), torch.ones(5, 2))
+
+
+# Models that are no plain layer: how they are made, and the shapes of what they are called with.
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
+    "AWMoE": (lambda: AWMoE(16, 12, 4, behaviour_size=5), [(3, 16), (3, 7, 5), (3, 5)]),
+    "CMoE": (lambda: CMoE(16, 9, residual=True), [(3, 16)]),
+    "FEAMOE": (lambda: FEAMOE(16, 3), [(3, 16)]),
+    "MDCS": (lambda: MDCS(16, torch.tensor([9, 5, 1])), [(3, 16)]),
+    "MouSiFusion": (lambda: MouSiFusion((4, 6), 16), [(3, 10)]),
+    "PMOE": (lambda: PMOE(16, 2), [(3, 16)]),
+    "SwitchDiTBlock": (lambda: SwitchDiTBlock(nn.Linear(16, 16), 16), [(3, 5, 16), (3, 16)]),
+    "SwitchTransformer": (lambda: SwitchTransformer(16, 12, 4), [(3, 5, 16)]),
+    "TAME": (lambda: TAME(16, 2), [(3, 16)]),
+    "TaskExpert": (lambda: TaskExpert(16, 12, 5, 3, topk=2), [(7, 16), (3, 7, 16)]),
+    "TaskLevelMoE": (lambda: TaskLevelMoE(16, 12, 4, task_size=6), [(3, 5, 16), (3, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_backward_of_models(name):
+    make, shapes = MODELS[name]
+    model = make()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        output = model(inputs[0].split((4, 6), -1)) if name == "MouSiFusion" else model(*inputs)
+        first = output if isinstance(output, torch.Tensor) else output[0]
+        grads = torch.autograd.grad(first.sum(), [*inputs, *model.parameters()], allow_unused=True)
+    assert grads[0].shape == shapes[0]

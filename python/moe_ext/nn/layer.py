@@ -143,7 +143,9 @@ class MoE(BackendModule):
             routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
         )
         self.statistics = LayerStatistics(tokens_per_expert, dropped, routing.topk_ids)
-        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, *routing)
+        # A router with a balance loss of its own is balanced by that one (noisy top-k).
+        balance_loss = getattr(routing, "balance_loss", balance_loss)
+        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, *routing[:3])
 
     def route(self, rows: Tensor, *context: Any, **gating: Any) -> Routing:
         """What the router says to rows [num_tokens, hidden_size]; where a system adds to its router."""

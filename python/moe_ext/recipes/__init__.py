@@ -23,6 +23,7 @@ from moe_ext.recipes.bam import BAM
 from moe_ext.recipes.bigmac import BigMac
 from moe_ext.recipes.btm import btm_average, btm_ensemble, btm_log_prior, btm_posterior
 from moe_ext.recipes.clip_moe import CLIPMoE, upcycle_clip
+from moe_ext.recipes.cmoe import CMoE
 from moe_ext.recipes.deepseek_moe import DeepSeekMoE, DeepSeekV2MoE, DeepSeekV3MoE
 from moe_ext.recipes.emoe import EMoE
 from moe_ext.recipes.ewa import EWA
@@ -35,9 +36,12 @@ from moe_ext.recipes.moe_fusion import MoEFusion, MoEVRD
 from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
 from moe_ext.recipes.moextend import MoExtend, layers_to_extend
 from moe_ext.recipes.moirai_moe import MoiraiMoE
+from moe_ext.recipes.mote import activation_difference, suppress
 from moe_ext.recipes.mousi import MouSiFusion
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
+from moe_ext.recipes.scmoe import self_contrast, weak_routing
+from moe_ext.recipes.sparsely_gated_moe import SparselyGatedMoE
 from moe_ext.recipes.switch_dit import SwitchDiTBlock
 from moe_ext.recipes.switch_transformer import SwitchTransformer
 from moe_ext.recipes.tame import TAME
@@ -55,6 +59,7 @@ __all__ = [
     "AWMoE",
     "BigMac",
     "CLIPMoE",
+    "CMoE",
     "DeepSeekMoE",
     "DeepSeekV2MoE",
     "DeepSeekV3MoE",
@@ -68,15 +73,20 @@ __all__ = [
     "MoiraiMoE",
     "MouSiFusion",
     "PostMoE",
+    "SparselyGatedMoE",
     "SwitchDiTBlock",
     "SwitchTransformer",
     "TaskExpert",
     "TaskLevelMoE",
+    "activation_difference",
     "btm_average",
     "btm_ensemble",
     "btm_log_prior",
     "btm_posterior",
     "layers_to_extend",
     "mentor_loss",
+    "self_contrast",
+    "suppress",
     "upcycle_clip",
+    "weak_routing",
 ]
