@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "Tensor num_counted, str score_function, Tensor? token_mask, Tensor? expert_weights, str load, int topk) "
       "-> Tensor");
   m.def(
-      "expert_choice_gating(Tensor logits, int capacity, str score_function) "
+      "expert_choice_gating(Tensor logits, SymInt capacity, str score_function) "
       "-> (Tensor topk_weights, Tensor topk_ids)");
   m.def(
       "expert_choice_gating_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score_function) "
@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
 
   // ---- plan: topk_ids [T, K] -> rows sorted by expert
   m.def(
-      "routing_plan(Tensor topk_ids, int num_experts, int? capacity, Tensor? drop_scores, int row_alignment) "
+      "routing_plan(Tensor topk_ids, int num_experts, SymInt? capacity, Tensor? drop_scores, int row_alignment) "
       "-> (Tensor expert_offsets, Tensor tokens_per_expert, Tensor permuted_to_slot, Tensor slot_to_permuted)");
 
   // ---- permutation: [T, H] <-> [M, H]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
+from moe_ext.ops.autograd import register_autograd
 
 _ops = torch.ops.moe_ext
 
@@ -341,11 +342,11 @@ def _expert_choice_gating_backward(ctx: Any, grad_weights: Tensor, _: None) -> t
     return _ops.expert_choice_gating_backward(grad_weights, logits, topk_ids, ctx.score_function), None, None
 
 
-torch.library.register_autograd("moe_ext::topk_gating", _topk_gating_backward, setup_context=_topk_gating_setup)
-torch.library.register_autograd(
+register_autograd("moe_ext::topk_gating", _topk_gating_backward, setup_context=_topk_gating_setup)
+register_autograd(
     "moe_ext::topk_gating_general", _topk_gating_general_backward, setup_context=_topk_gating_general_setup
 )
-torch.library.register_autograd("moe_ext::router_losses", _router_losses_backward, setup_context=_router_losses_setup)
-torch.library.register_autograd(
+register_autograd("moe_ext::router_losses", _router_losses_backward, setup_context=_router_losses_setup)
+register_autograd(
     "moe_ext::expert_choice_gating", _expert_choice_gating_backward, setup_context=_expert_choice_gating_setup
 )
