@@ -6,10 +6,16 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
+except ImportError:
+    raise SystemExit("the benchmark prints with rich. Run: pip install 'moe_ext[bench]'") from None
 
 from . import (
     bench_all_to_all,
@@ -18,27 +24,32 @@ from . import (
     bench_grouped_gemm,
     bench_permutation,
     bench_plan,
+    compare,
+    html_report,
     language_model,
     machine,
     memory,
+    model_layers,
     report,
     scaling,
     tune_tiles,
     zero_computation,
 )
-from .case import Cases, Context
+from .case import Case, Cases, Context
 from .timing import Timer
 
 MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_all_to_all)
 TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
 SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 1.5, "quick": 0.05}
+# How many cases there will be is known only when they are made.
+PROGRESS = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
+COMMAND = " ".join(["python -m bench", *sys.argv[1:]])
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_TABLES = {"cpu": ["A", "B", "C", "D"], "cpu-full": ["A", "D"]}
 DEFAULT_DTYPES = {"gpu": ["bfloat16"], "cpu": ["float32", "bfloat16"], "quick": ["float32"]}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="moe-bench", description="Times moe_ext's ops against their peers.")
+def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", choices=["cpu", "cpu-full", "gpu", "quick", "quick-full"],
                         help="cpu-full: layers and decode at more shapes; default: gpu where there is one, "
                         "else cpu")  # fmt: skip
@@ -47,22 +58,53 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         "D decode, scaling, memory, zero (default: A,B,C,D; of cpu-full: A,D)")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="only these layers of tables A, D and memory "
                         "(names of bench/shapes.py)")  # fmt: skip
+
+
+def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 and "
                         "bfloat16 on a CPU")  # fmt: skip
+    parser.add_argument("--backend", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers whose name holds one of these words; "
+                        "'none' for no peer")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
-    parser.add_argument("--tune-tiles", action="store_true", help="time every compiled sm_90a tile on the shapes of "
-                        "table B instead, and write which is fastest and which the cost model chooses")  # fmt: skip
-    parser.add_argument(
-        "--markdown", type=Path, nargs="+", metavar="JSON", help="print result files as Markdown and end"
-    )
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options of one subcommand; without the name of one they are those of ``run``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="moe-bench", description="Times moe_ext's ops against their peers.")
+    commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+    run_parser = commands.add_parser("run", help="measure (what happens without a command)")
+    add_run_options(run_parser)
+    add_measure_options(run_parser)
+    report_parser = commands.add_parser("report", help="result files as Markdown, or as one HTML page with drawings")
+    report_parser.add_argument("files", type=Path, nargs="+", metavar="JSON")
+    report_parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page that needs nothing else there, "
+                               "instead of printing Markdown")  # fmt: skip
+    compare_parser = commands.add_parser("compare", help="two result files; exit status 1 if something became slower")
+    compare_parser.add_argument("old", type=Path)
+    compare_parser.add_argument("new", type=Path)
+    compare_parser.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT",
+                                help="a median this much longer counts (default: 5)")  # fmt: skip
+    compare_parser.add_argument("--alpha", type=float, default=0.05,
+                                help="and only if chance gives the samples no more often (default: 0.05)")  # fmt: skip
+    compare_parser.add_argument("--all", action="store_true", help="list rows that did not change too")
+    shapes_parser = commands.add_parser("shapes", help="what the layers of a model would cost here")
+    shapes_parser.add_argument("config", type=Path, help="a Hugging Face config.json, or its folder")
+    shapes_parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512], help="default: 1 16 512")
+    shapes_parser.add_argument("--backward", action="store_true", help="training too")
+    add_measure_options(shapes_parser)
+    tiles_parser = commands.add_parser("tune-tiles", help="time every compiled sm_90a tile on the shapes of table B, "
+                                       "say which is fastest and which the cost model chooses")  # fmt: skip
+    add_measure_options(tiles_parser)
+    if not arguments or (arguments[0] not in commands.choices and arguments[0] not in ("-h", "--help")):
+        arguments = ["run", *arguments]
     return parser.parse_args(arguments)
 
 
 def train_router(context: Context) -> dict[str, Any]:
     """Trains the byte language model and leaves its routing in ``context.traces``."""
-    from rich.progress import track
-
     steps, done = TRAINING_STEPS[context.profile], []
     start = time.perf_counter()
     for _ in track(
@@ -84,14 +126,27 @@ def cases(context: Context) -> Cases:
         yield from zero_computation.cases(context)
 
 
+def device_of(options: argparse.Namespace) -> str:
+    """cpu or cuda: the backend that is asked for, else what the profile means, else the GPU where there is one."""
+    profile = getattr(options, "profile", None) or ""
+    implied = "cpu" if profile.startswith("cpu") else "cuda" if profile == "gpu" else None
+    device = options.backend or implied or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no GPU: torch.cuda.is_available() is False")
+    return device
+
+
 def make_context(options: argparse.Namespace) -> Context:
     """What the options ask for; raises SystemExit where they ask for nothing that there is."""
-    chosen = options.profile or ("gpu" if torch.cuda.is_available() else "cpu")
+    device = device_of(options)
+    chosen = options.profile or ("gpu" if device == "cuda" else "cpu")
     profile = chosen.removesuffix("-full")
-    device = "cuda" if profile == "gpu" or (profile == "quick" and torch.cuda.is_available()) else "cpu"
+    if profile != "quick" and (profile == "gpu") != (device == "cuda"):
+        raise SystemExit(f"--profile {chosen}: expected another one for the backend {device}")
     tables = options.tables.split(",") if options.tables else DEFAULT_TABLES.get(chosen, DEFAULT_TABLES["cpu"])
-    if unknown := set(tables) - set(report.TABLES):
-        raise SystemExit(f"--tables: expected some of {','.join(report.TABLES)}, got {','.join(sorted(unknown))}")
+    measured = [table for table in report.TABLES if table != "model"]  # that one is the subcommand shapes
+    if unknown := set(tables) - set(measured):
+        raise SystemExit(f"--tables: expected some of {','.join(measured)}, got {','.join(sorted(unknown))}")
     known = {op for module in MODULES for op in module.OPS}
     if unknown := set(options.ops or ()) - known:
         raise SystemExit(f"--ops: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
@@ -111,36 +166,48 @@ def file_name(options: argparse.Namespace, context: Context, about: dict[str, An
     return "-".join([*parts, *(options.shapes or ()), *(options.dtype or ())]) + ".json"
 
 
+def is_wanted(case: Case, context: Context, options: argparse.Namespace) -> bool:
+    return case.table in context.tables and (not options.ops or case.op in options.ops)
+
+
+def measure(
+    measured: Iterable[Case], timer: Timer, about: dict[str, Any], peers: list[str] | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """One row for each case, made as it is reached: inputs of all would not fit memory."""
+    rows = []
+    task = progress.add_task("measuring", total=None)
+    gc.freeze()  # imports alone are half a million objects, which each collection below would visit
+    for case in measured:
+        if peers is not None:
+            words = [word.lower() for word in peers]
+            case.peers = {name: run for name, run in case.peers.items() if any(word in name.lower() for word in words)}
+        progress.update(task, description=f"{case.op} {case.name} {case.direction}", advance=1)
+        torch.set_num_threads(case.threads or about["threads"])
+        differences = case.check_peers()
+        timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+        torch.set_num_threads(about["threads"])
+        rows.append(report.make_row(case, timings, differences, about))
+        del case
+        gc.collect()
+    return rows
+
+
 def run(options: argparse.Namespace) -> Path:
     """All cases that the options ask for; returns the JSON file."""
-    from rich.progress import Progress
-
     context = make_context(options)
     torch.manual_seed(0)
     start, about = time.perf_counter(), machine.describe(context.device)
     training = train_router(context) if "A" in context.tables and not (options.ops or options.shapes) else None
     timer = Timer(context.device, options.rounds, SECONDS_PER_CASE[context.profile])
-    rows = []
-    gc.freeze()  # imports alone are half a million objects, which each collection below would visit
-    with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=None)
-        for case in cases(context):
-            if case.table not in context.tables or (options.ops and case.op not in options.ops):
-                continue
-            progress.update(task, description=f"{case.op} {case.name} {case.direction}", advance=1)
-            torch.set_num_threads(case.threads or about["threads"])
-            differences = case.check_peers()
-            timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
-            torch.set_num_threads(about["threads"])
-            rows.append(report.make_row(case, timings, differences, about))
-            del case
-            gc.collect()
+    with Progress(*PROGRESS, transient=True) as progress:
+        wanted = filter(lambda case: is_wanted(case, context, options), cases(context))
+        rows = measure(wanted, timer, about, options.peers, progress)
         if "memory" in context.tables:
-            progress.update(task, description="peak memory")
+            progress.add_task("peak memory", total=None)
             context.weights.clear()
             rows += memory.rows(context)
     path = options.out / file_name(options, context, about)
-    extra = {"command": " ".join(["python -m bench", *sys.argv[1:]]), "profile": options.profile or context.profile,
+    extra = {"command": COMMAND, "profile": options.profile or context.profile,
              "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
     report.write_json(path, about, rows, extra)
     report.print_tables(rows)
@@ -148,16 +215,45 @@ def run(options: argparse.Namespace) -> Path:
     return path
 
 
+def run_shapes(options: argparse.Namespace) -> Path:
+    """The layers of the model that a config.json describes; returns the JSON file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    layers = model_layers.read_config(options.config)
+    device = device_of(options)
+    profile = "gpu" if device == "cuda" else "cpu"
+    context = Context(device, profile, [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES[profile]])
+    shape = layers.shape
+    print(f"{shape.name}: {layers.num_layers} layers with experts, H={shape.hidden_size} I={shape.intermediate_size} "
+          f"E={shape.num_experts} K={shape.topk}")  # fmt: skip
+    model_layers.check_memory(shape, context.dtypes[0], device, backward=options.backward)
+    start, about = time.perf_counter(), machine.describe(device)
+    timer = Timer(device, options.rounds, SECONDS_PER_CASE[profile])
+    with Progress(*PROGRESS, transient=True) as progress:
+        measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
+        rows = measure(measured, timer, about, options.peers, progress)
+    table = Table("tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s")
+    for cells in model_layers.summary(layers, rows):
+        table.add_row(*cells)
+    path = options.out / f"{shape.name}-{device}.json"
+    report.write_json(path, about, rows, {"command": COMMAND, "seconds": time.perf_counter() - start})
+    report.print_tables(rows)
+    Console().print(table)
+    print(f"{len(rows)} rows in {path}")
+    return path
+
+
 def run_tuner(options: argparse.Namespace) -> Path:
-    """The tile sweep; returns the JSON file, which --markdown prints as a table."""
+    """The tile sweep; returns the JSON file, which ``report`` prints as a table."""
     context = Context("cuda", "gpu", [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES["gpu"]])
     if not torch.cuda.is_available():
-        raise SystemExit("--tune-tiles: no GPU: torch.cuda.is_available() is False")
+        raise SystemExit("tune-tiles: no GPU: torch.cuda.is_available() is False")
     timer = Timer("cuda", options.rounds, SECONDS_PER_CASE["gpu"])
     tiles = tune_tiles.tune(context, timer.compare)
     about = machine.describe("cuda")
     path = options.out / f"{about['gpu'].lower().replace(' ', '-')}-tiles.json"
-    report.write_json(path, about, [], {"command": " ".join(["python -m bench", *sys.argv[1:]]), "tiles": tiles})
+    report.write_json(path, about, [], {"command": COMMAND, "tiles": tiles})
     print("\n".join(report.tile_table(tiles)))
     print(f"{len(tiles)} products in {path}")
     return path
@@ -165,17 +261,15 @@ def run_tuner(options: argparse.Namespace) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.markdown:
-        print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.markdown))
-        return
-    if options.tune_tiles:
-        run_tuner(options)
-        return
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        raise SystemExit("the benchmark prints with rich. Run: pip install 'moe_ext[bench]'") from None
-    run(options)
+    if options.subcommand == "report" and options.html:
+        options.html.write_text(html_report.page(options.files))
+        print(f"{len(options.files)} result files in {options.html}")
+    elif options.subcommand == "report":
+        print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.files))
+    elif options.subcommand == "compare":
+        sys.exit(compare.main(options.old, options.new, options.threshold / 100, options.alpha, options.all))
+    else:
+        {"run": run, "shapes": run_shapes, "tune-tiles": run_tuner}[options.subcommand](options)
 
 
 if __name__ == "__main__":

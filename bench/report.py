@@ -1,21 +1,25 @@
-"""Results as a table in the terminal, as JSON, and JSON as Markdown."""
+"""Results as a table in the terminal, as JSON (bench/schema.json says of what), and JSON as Markdown."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
-PREAMBLE = """# Results
-
-Written by `python -m bench --markdown bench/results/*.json`. Each file holds the machine, the versions, every peer's
-time, and what was skipped and why. Times are medians of interleaved rounds; speedup is the best peer's time over ours,
+SCHEMA_VERSION = 2  # 2 added the samples of each row
+EXPLANATION = """Times are medians of interleaved rounds; speedup is the best peer's time over ours,
 so above 1 is faster; every peer's result was compared with ours before it was timed. The ceiling is the share reached
 of a dense product of equal FLOPs, or of the bandwidth of a copy or of reading, measured in the same run; for decode, of
 reading the weights that are used, once. Peak memory is what a forward and backward adds to inputs, weights and incoming
-gradient, each contender in a process of its own (`bench/memory.py`). No GPU has been measured yet.
+gradient, each contender in a process of its own (`bench/memory.py`). No GPU has been measured yet."""
+PREAMBLE = f"""# Results
+
+Written by `python -m bench report bench/results/*.json`. Each file holds the machine, the versions, every peer's time,
+and what was skipped and why.
+
+{EXPLANATION}
 
 """
 TABLES = {
@@ -26,6 +30,7 @@ TABLES = {
     "scaling": "One layer against tokens, experts, threads",
     "memory": "Peak memory above inputs and weights",
     "zero": "Zero-computation experts",
+    "model": "Layers of a model",
 }
 COLUMNS = ("op", "shape", "dtype", "routing", "direction", "moe_ext", "best peer", "speedup", "ceiling")
 MEMORY_COLUMNS = (*COLUMNS[:-2], "times as much", "of it gradients")
@@ -63,6 +68,7 @@ def make_row(
         "seconds": ours,
         "best_seconds": timings["ours"].best,
         "rounds": timings["ours"].rounds,
+        "samples": {name: [float(f"{s:.4g}") for s in timings[name].samples] for name in ("ours", *peers)},
         "peer_seconds": peers,
         "peer_difference": differences,
         "skipped_peers": case.skipped_peers,
@@ -126,10 +132,13 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], extra: dict[str, Any]) -> None:
-    """The result file: ``schema_version``, ``machine``, ``command``, ``rows``, ``training``."""
+    """The result file, as bench/schema.json has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"schema_version": SCHEMA_VERSION, "machine": machine, **extra, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1)
+    # Lists of numbers on one line each: samples would be most of the lines of the file.
+    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
+    path.write_text(text + "\n")
 
 
 def tile_summary(rows: list[dict[str, Any]]) -> str:
@@ -157,15 +166,19 @@ def tile_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def machine_text(machine: dict[str, Any]) -> str:
+    """Processor, versions and bandwidths in one line."""
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    rates = {name: machine.get(f"{name}_bytes_per_second") for name in ("copy", "read")}
+    bandwidths = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if rate)
+    return f"{where}; torch {machine['torch']}; commit {machine['commit']}; {bandwidths}"
+
+
 def markdown(path: Path) -> str:
     """A result file as Markdown tables."""
     result = json.loads(path.read_text())
     machine = result["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    rates = {name: machine.get(f"{name}_bytes_per_second") for name in ("copy", "read")}
-    bandwidths = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if rate)
-    lines = [f"## {path.name}", "", f"{where}; torch {machine['torch']}; commit {machine['commit']}; "
-             f"{bandwidths}; `{result['command']}`", ""]  # fmt: skip
+    lines = [f"## {path.name}", "", f"{machine_text(machine)}; `{result['command']}`", ""]
     if note := result.get("note"):
         lines += [note, ""]
     if training := result.get("training"):

@@ -20,6 +20,7 @@ class Timing(NamedTuple):
     median: float
     best: float
     rounds: int
+    samples: tuple[float, ...] = ()
 
 
 class Timer:
@@ -46,7 +47,7 @@ class Timer:
                 break
             for name, run in contenders.items():
                 seconds[name].append(self._once(run, repeats[name]))
-        return {name: Timing(statistics.median(s), min(s), len(s)) for name, s in seconds.items()}
+        return {name: Timing(statistics.median(s), min(s), len(s), tuple(s)) for name, s in seconds.items()}
 
     def _warm_up(self, run: Callable[[], Any]) -> tuple[int, float | None]:
         """How often to repeat ``run`` in a round, and the seconds of this call where they can count as a round."""

@@ -1,4 +1,4 @@
-"""Times every compiled sm_90a tile of the grouped products on the shapes of table B: ``python -m bench --tune-tiles``.
+"""Times every compiled sm_90a tile of the grouped products on the shapes of table B: ``python -m bench tune-tiles``.
 
 A tile is forced with the environment variable that csrc/grouped_gemm/tile_choice.h reads at each launch. The result
 says for each product which tile is fastest, which one the cost model there chose, and what that choice costs (regret).
@@ -134,10 +134,10 @@ def sweep(
 
 def tune(context: Context, time: Time) -> list[dict[str, Any]]:
     if context.device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        raise SystemExit("--tune-tiles: the tiles are those of sm_90a, and here is no GPU of compute capability 9.0")
+        raise SystemExit("tune-tiles: the tiles are those of sm_90a, and here is no GPU of compute capability 9.0")
     tiles = compiled_tiles()
     if not tiles.names:
-        raise SystemExit("--tune-tiles: this build of moe_ext lists no sm_90a tiles")
+        raise SystemExit("tune-tiles: this build of moe_ext lists no sm_90a tiles")
     dtype = context.dtypes[0]
     # As graphs: the launch is no part of the comparison, and the tile is the one that was forced at capture.
     return sweep(products(context, dtype), tiles, time, TOLERANCE[dtype], graphed)

@@ -63,7 +63,7 @@ def test_best_choice_and_regret(rows):
 def test_json_and_markdown(rows, tmp_path):
     path = tmp_path / "gpu-tiles.json"
     machine = {"gpu": "X", "torch": "1", "commit": "c", "copy_bytes_per_second": 1e12}
-    report.write_json(path, machine, [], {"command": "python -m bench --tune-tiles", "tiles": rows})
+    report.write_json(path, machine, [], {"command": "python -m bench tune-tiles", "tiles": rows})
     assert json.loads(path.read_text())["tiles"] == rows
     text = report.markdown(path)
     assert "fastest tile for 1 of 2 products; regret 12.5% on average, 25.0% at most" in text
@@ -113,5 +113,5 @@ def test_compiled_tiles_are_listed():
 def test_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(SystemExit, match="--tune-tiles: no GPU"):
-        bench.main(["--tune-tiles"])
+    with pytest.raises(SystemExit, match="tune-tiles: no GPU"):
+        bench.main(["tune-tiles"])

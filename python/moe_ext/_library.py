@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ OLDEST_TORCH = (2, 11)
 def load() -> None:
     """Load libmoe_ext.so, and libmoe_ext_cuda.so where torch itself has CUDA.
 
-    Raises ImportError naming the mending command if the libraries are missing or torch is too old.
+    Raises ImportError naming the mending command if the libraries are missing or do not load, or torch is too old.
     """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
@@ -29,10 +30,22 @@ def load() -> None:
             f"{library} is missing: the package was not built. Run `pip install .` or `pip install -e .` "
             "in the source checkout."
         )
-    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    _load(library)
     cuda_library = PACKAGE / "libmoe_ext_cuda.so"
     if torch.version.cuda is not None and cuda_library.exists() and library.parent == PACKAGE:
-        torch.ops.load_library(str(cuda_library))  # type: ignore[no-untyped-call]
+        _load(cuda_library)
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        reason = error.__cause__ or error
+        raise ImportError(
+            f"{library} does not load under torch {torch.__version__}: {reason}. It was built for another system or a "
+            "newer torch; run: pip install --force-reinstall --no-build-isolation . in the source checkout, or install "
+            "the torch that it was built with or a later one"
+        ) from error
 
 
 def build_info() -> dict[str, Any]:
@@ -41,9 +54,18 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict with ``version``, ``cuda`` (bool: was libmoe_ext_cuda.so built), ``cuda_archs``, ``built_with_torch``,
         ``compiler``, and ``torch``, the version that runs now.
-    """
-    from moe_ext import _host
 
+    Raises:
+        ImportError: the installation is for another CPython; everything but this works all the same.
+    """
+    try:
+        from moe_ext import _host
+    except ImportError as error:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ImportError(
+            f"moe_ext._host is missing for CPython {version}: it is the one part of moe_ext that is built for one "
+            "CPython version. Run `pip install .` in the source checkout with this one"
+        ) from error
     return {**_host.build_info(), "torch": torch.__version__}
 
 
