@@ -1,0 +1,7 @@
+"""Expert placement: planners, and a simulator to judge their plans with."""
+
+from moe_ext.distributed.placement.eplb import balance_experts, rebalance_experts
+from moe_ext.distributed.placement.layout import ExpertPlacement
+from moe_ext.distributed.placement.shadowing import shadowed_experts
+
+__all__ = ["ExpertPlacement", "balance_experts", "rebalance_experts", "shadowed_experts"]
