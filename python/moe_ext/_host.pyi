@@ -20,4 +20,5 @@ def count_traffic(
     num_ranks: int,
     ranks_per_node: int,
     nearest: bool,
+    follow: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...

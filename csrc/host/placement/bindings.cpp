@@ -138,7 +138,7 @@ std::pair<Longs, Longs> placement_maps(const Longs& phy2log, int64_t num_experts
 }
 
 py::tuple count_traffic(const Ints& topk_ids, const Longs& phy2log, int64_t num_experts, int64_t num_ranks,
-                        int64_t ranks_per_node, bool nearest) {
+                        int64_t ranks_per_node, bool nearest, bool follow) {
   expect(topk_ids.ndim() == 3, "topk_ids: expected [num_layers, num_tokens, topk], got ", describe_shape(topk_ids));
   const auto [log2phy, logcnt] = placement_maps(phy2log, num_experts);
   expect(phy2log.shape(0) == topk_ids.shape(0), "phy2log: expected ", topk_ids.shape(0),
@@ -154,7 +154,7 @@ py::tuple count_traffic(const Ints& topk_ids, const Longs& phy2log, int64_t num_
   const TrafficCounts out{rows.mutable_data(), active.mutable_data(), copies.mutable_data()};
   {
     py::gil_scoped_release unlocked;
-    TrafficCounter(placement, {num_ranks, ranks_per_node}, nearest).run(trace, out);
+    TrafficCounter(placement, {num_ranks, ranks_per_node}, nearest, follow).run(trace, out);
   }
   return py::make_tuple(rows, active, copies);
 }
@@ -169,7 +169,7 @@ void bind_placement(py::module_& m) {
   m.def("placement_maps", &placement_maps, py::arg("phy2log"), py::arg("num_experts"),
         "log2phy [layers, experts, replicas] padded with -1, logcnt [layers, experts].");
   m.def("count_traffic", &count_traffic, py::arg("topk_ids"), py::arg("phy2log"), py::arg("num_experts"),
-        py::arg("num_ranks"), py::arg("ranks_per_node"), py::arg("nearest"),
+        py::arg("num_ranks"), py::arg("ranks_per_node"), py::arg("nearest"), py::arg("follow"),
         "rows and active experts [layers, ranks]; hidden rows sent [layers, (per slot, per rank, per node), (intra, "
         "inter), (out, in), ranks].");
 }

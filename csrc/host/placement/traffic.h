@@ -35,40 +35,49 @@ struct TrafficCounts {
 
 class TrafficCounter {
  public:
-  TrafficCounter(const Placement& placement, const Ranks& ranks, bool nearest)
+  TrafficCounter(const Placement& placement, const Ranks& ranks, bool nearest, bool follow)
       : placement_(placement),
         ranks_(ranks),
         nearest_(nearest),
+        follow_(follow),
         rank_seen_(ranks.count, -1),
         node_seen_(ranks.count / ranks.per_node, -1),
         slot_seen_(placement.slots, -1) {}
 
-  // Token t starts on rank t * ranks / tokens. Ids outside the experts are no slot.
+  // Token t starts on rank t * ranks / tokens and is there again in every layer; with `follow` it stays where its first
+  // expert was (ExFlow, MoETuner). Ids outside the experts are no slot.
   void run(const Trace& trace, const TrafficCounts& out) {
+    std::vector<int64_t> home(trace.tokens);
+    for (int64_t token = 0; token < trace.tokens; ++token) home[token] = token * ranks_.count / trace.tokens;
     for (int64_t layer = 0; layer < trace.layers; ++layer) {
       rows_ = out.rows + layer * ranks_.count;
       active_ = out.active_experts + layer * ranks_.count;
       copies_ = out.copies + layer * kTrafficKinds * kLinks * kDirections * ranks_.count;
       for (int64_t token = 0; token < trace.tokens; ++token) {
         const int32_t* ids = trace.topk_ids + (layer * trace.tokens + token) * trace.topk;
-        const int64_t source = token * ranks_.count / trace.tokens;
+        const int64_t source = home[token];
+        int64_t first = -1;
         stamp_ = layer * trace.tokens + token;
         for (int64_t k = 0; k < trace.topk; ++k) {
-          if (ids[k] >= 0 && ids[k] < placement_.experts) count(layer, token, source, ids[k]);
+          if (ids[k] < 0 || ids[k] >= placement_.experts) continue;
+          const int64_t rank = count(layer, token, source, ids[k]);
+          if (first < 0) first = rank;
         }
+        if (follow_ && first >= 0) home[token] = first;
       }
     }
   }
 
  private:
-  void count(int64_t layer, int64_t token, int64_t source, int64_t expert) {
+  // Returns the rank that computes the slot.
+  int64_t count(int64_t layer, int64_t token, int64_t source, int64_t expert) {
     const int64_t slot = choose_replica(layer, token, source, expert);
     const int64_t rank = rank_of(slot);
     ++rows_[rank];
     // A slot's stamp of an earlier token of this layer says that it is active already.
     if (slot_seen_[slot] < layer) slot_seen_[slot] = layer, ++active_[rank];
     cross(kPerSlot, source, rank);
-    if (rank_seen_[rank] == stamp_) return;
+    if (rank_seen_[rank] == stamp_) return rank;
     rank_seen_[rank] = stamp_;
     cross(kPerRank, source, rank);
     const int64_t node = rank / ranks_.per_node, entry = node * ranks_.per_node + source % ranks_.per_node;
@@ -77,6 +86,7 @@ class TrafficCounter {
       cross(kPerNode, source, entry);
     }
     cross(kPerNode, entry, rank);
+    return rank;
   }
 
   // Tokens take the replicas in turn; with `nearest`, those on their own rank first, then those of their own node.
@@ -110,7 +120,7 @@ class TrafficCounter {
 
   Placement placement_;
   Ranks ranks_;
-  bool nearest_;
+  bool nearest_, follow_;
   // The last token that went there, the last layer in which a slot had a row.
   std::vector<int64_t> rank_seen_, node_seen_, slot_seen_;
   int64_t *rows_ = nullptr, *active_ = nullptr, *copies_ = nullptr, stamp_ = 0;

@@ -3,5 +3,15 @@
 from moe_ext.distributed.placement.eplb import balance_experts, rebalance_experts
 from moe_ext.distributed.placement.layout import ExpertPlacement
 from moe_ext.distributed.placement.shadowing import shadowed_experts
+from moe_ext.distributed.placement.simulation import Cluster, Link, SimulatedStep, simulate_step
 
-__all__ = ["ExpertPlacement", "balance_experts", "rebalance_experts", "shadowed_experts"]
+__all__ = [
+    "Cluster",
+    "ExpertPlacement",
+    "Link",
+    "SimulatedStep",
+    "balance_experts",
+    "rebalance_experts",
+    "shadowed_experts",
+    "simulate_step",
+]
