@@ -22,3 +22,6 @@ def count_traffic(
     nearest: bool,
     follow: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+def simulate_expert_cache(
+    needed: NDArray[np.bool_], predicted: NDArray[np.bool_], capacity: int, policy: str, prefetch_per_layer: int
+) -> tuple[int, int, int]: ...

@@ -1,15 +1,12 @@
 // The placement planners over numpy arrays: checks, and one call per layer.
 #include "bindings.h"
 
-#include <pybind11/numpy.h>
-
 #include <algorithm>
 #include <cmath>
-#include <sstream>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "../arrays.h"
 #include "balance.h"
 #include "rebalance.h"
 #include "traffic.h"
@@ -18,28 +15,6 @@ namespace py = pybind11;
 
 namespace moe_ext {
 namespace {
-
-constexpr int kArrayFlags = py::array::c_style | py::array::forcecast;
-using Doubles = py::array_t<double, kArrayFlags>;
-using Longs = py::array_t<int64_t, kArrayFlags>;
-using Ints = py::array_t<int32_t, kArrayFlags>;
-
-// Throws ValueError with the parts as its words.
-template <typename... Parts>
-void expect(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw py::value_error(message.str());
-}
-
-std::string describe_shape(const py::array& array) {
-  std::ostringstream stream;
-  stream << "[";
-  for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) stream << (axis ? ", " : "") << array.shape(axis);
-  stream << "]";
-  return stream.str();
-}
 
 void check_divides(const char* name, int64_t divisor, const char* of, int64_t value) {
   expect(divisor > 0 && value % divisor == 0, name, ": expected a divisor of ", of, " ", value, ", got ", divisor);
