@@ -4,6 +4,8 @@
 #include <string>
 
 #include "../grouped_gemm/tile_choice.h"
+#include "offload/bindings.h"
+#include "placement/bindings.h"
 
 namespace py = pybind11;
 
@@ -49,4 +51,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("choose_sm90_tile", &choose_sm90_tile, py::arg("groups"), py::arg("rows"), py::arg("columns"),
         py::arg("multiprocessors"),
         "The tile that runs `groups` products whose result is, on average, rows x columns.");
+  moe_ext::bind_offload(m);
+  moe_ext::bind_placement(m);
 }

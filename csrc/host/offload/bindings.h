@@ -1,0 +1,9 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace moe_ext {
+
+void bind_offload(pybind11::module_& m);
+
+}  // namespace moe_ext
