@@ -125,20 +125,24 @@ class MoE(BackendModule):
             return list(zip(self.experts.capacity_shares, self.experts, strict=True))
         return [(1.0, self.experts)]
 
-    def forward(self, hidden: Tensor, *context: Any, **gating: Any) -> MoEOutput:
+    def forward(self, hidden: Tensor, *context: Any, token_mask: Tensor | None = None, **gating: Any) -> MoEOutput:
         """Run the layer.
 
         Args:
             hidden: [..., hidden_size] with any leading dimensions.
             context, gating: what the router takes beside the rows; their rows are those of ``hidden`` flattened.
+            token_mask: [...] bool, the leading dimensions of ``hidden``: False for tokens that the losses and
+                ``tokens_per_expert`` leave out, padding say; None counts all.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(rows, *context, **gating)
         output, dropped = self.run_experts(rows, routing)
         if self.shared is not None:
             output = output + self.shared(rows)
-        sequences = {"num_sequences": math.prod(hidden.shape[:-2])} if self.sequence_level else {}
-        knobs = self.losses(routing.logits.dtype, sequences)
+        of_call: dict[str, Any] = {"num_sequences": math.prod(hidden.shape[:-2])} if self.sequence_level else {}
+        if token_mask is not None:
+            of_call["token_mask"] = token_mask.reshape(-1)
+        knobs = self.losses(routing.logits.dtype, of_call)
         balance_loss, z_loss, tokens_per_expert = self.ops.router_losses(
             routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
         )
