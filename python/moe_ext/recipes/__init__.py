@@ -30,13 +30,14 @@ from moe_ext.recipes.ewa import EWA
 from moe_ext.recipes.factor_llm import FactorLLM
 from moe_ext.recipes.feamoe import FEAMOE
 from moe_ext.recipes.fsmoe import FSMoE
+from moe_ext.recipes.mc_moe import allocate_bits, compress_experts, compression_costs, prune_routing
 from moe_ext.recipes.mdcs import MDCS
 from moe_ext.recipes.mentor import MENTOR, mentor_loss
 from moe_ext.recipes.moe_fusion import MoEFusion, MoEVRD
 from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
 from moe_ext.recipes.moextend import MoExtend, layers_to_extend
 from moe_ext.recipes.moirai_moe import MoiraiMoE
-from moe_ext.recipes.mote import activation_difference, suppress
+from moe_ext.recipes.mote import activation_difference, suppress_experts
 from moe_ext.recipes.mousi import MouSiFusion
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
@@ -79,14 +80,18 @@ __all__ = [
     "TaskExpert",
     "TaskLevelMoE",
     "activation_difference",
+    "allocate_bits",
     "btm_average",
     "btm_ensemble",
     "btm_log_prior",
     "btm_posterior",
+    "compress_experts",
+    "compression_costs",
     "layers_to_extend",
     "mentor_loss",
+    "prune_routing",
     "self_contrast",
-    "suppress",
+    "suppress_experts",
     "upcycle_clip",
     "weak_routing",
 ]
