@@ -125,15 +125,16 @@ class MoE(BackendModule):
             return list(zip(self.experts.capacity_shares, self.experts, strict=True))
         return [(1.0, self.experts)]
 
-    def forward(self, hidden: Tensor, *context: Any, token_mask: Tensor | None = None, **gating: Any) -> MoEOutput:
+    def forward(self, hidden: Tensor, *context: Any, **gating: Any) -> MoEOutput:
         """Run the layer.
 
         Args:
             hidden: [..., hidden_size] with any leading dimensions.
             context, gating: what the router takes beside the rows; their rows are those of ``hidden`` flattened.
-            token_mask: [...] bool, the leading dimensions of ``hidden``: False for tokens that the losses and
-                ``tokens_per_expert`` leave out, padding say; None counts all.
+            token_mask: (by name) [...] bool, the leading dimensions of ``hidden``: False for tokens that the losses and
+                ``tokens_per_expert`` leave out, padding say.
         """
+        token_mask = gating.pop("token_mask", None)
         rows = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(rows, *context, **gating)
         output, dropped = self.run_experts(rows, routing)
