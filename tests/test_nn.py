@@ -80,6 +80,17 @@ def test_capacity_drops_are_counted():
     assert layer.statistics.dropped_slots == (asked - 8).clamp(min=0).sum() > 0
 
 
+def test_token_mask_leaves_padding_out_of_the_losses():
+    layer, hidden = make_layer(), make_rows(3, 7, 16, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([[7], [2], [4]])
+    masked, counted = layer(hidden, token_mask=mask), layer.statistics.tokens_per_expert
+    kept = layer(hidden[mask])
+    assert torch.equal(counted, layer.statistics.tokens_per_expert) and counted.sum() == 13 * 2
+    for ours, exact in zip(masked[1:3], kept[1:3], strict=True):
+        assert relative_error(ours, exact) < 1e-12
+    assert torch.equal(masked.hidden, layer(hidden).hidden)
+
+
 def test_state_dict_round_trip():
     layer = make_layer(shared_intermediate_size=4, router={"selection_bias": True})
     torch.manual_seed(1)

@@ -131,14 +131,19 @@ class MoE(BackendModule):
         Args:
             hidden: [..., hidden_size] with any leading dimensions.
             context, gating: what the router takes beside the rows; their rows are those of ``hidden`` flattened.
+            token_mask: (by name) [...] bool, the leading dimensions of ``hidden``: False for tokens that the losses and
+                ``tokens_per_expert`` leave out, padding say.
         """
+        token_mask = gating.pop("token_mask", None)
         rows = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(rows, *context, **gating)
         output, dropped = self.run_experts(rows, routing)
         if self.shared is not None:
             output = output + self.shared(rows)
-        sequences = {"num_sequences": math.prod(hidden.shape[:-2])} if self.sequence_level else {}
-        knobs = self.losses(routing.logits.dtype, sequences)
+        of_call: dict[str, Any] = {"num_sequences": math.prod(hidden.shape[:-2])} if self.sequence_level else {}
+        if token_mask is not None:
+            of_call["token_mask"] = token_mask.reshape(-1)
+        knobs = self.losses(routing.logits.dtype, of_call)
         balance_loss, z_loss, tokens_per_expert = self.ops.router_losses(
             routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
         )
@@ -154,8 +159,9 @@ class MoE(BackendModule):
 
     def run_experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """The sum of all groups for rows [num_tokens, hidden_size], and how many slots no group took."""
-        output, first = None, 0
-        taken = torch.zeros((), dtype=torch.int64, device=rows.device)
+        output: Tensor | None = None
+        dropped: Tensor | None = None
+        first = 0
         for group, (_, experts) in enumerate(self._groups()):
             capacity = self.capacity(rows.shape[0], group)
             plan = self.ops.routing_plan(
@@ -164,12 +170,13 @@ class MoE(BackendModule):
                 capacity=capacity,
                 drop_scores=None if capacity is None else routing.topk_weights.detach(),
             )
-            part = experts(rows, plan, routing.topk_weights)
+            part, absent = experts(rows, plan, routing.topk_weights), (plan.slot_to_permuted < 0).sum()
             output = part if output is None else output + part
-            taken = taken + (plan.slot_to_permuted >= 0).sum()
+            # To a group the slots of the others are absent too.
+            dropped = absent if dropped is None else dropped + absent - routing.topk_ids.numel()
             first += count_experts(experts)
-        assert output is not None
-        return output, routing.topk_ids.numel() - taken
+        assert output is not None and dropped is not None
+        return output, dropped
 
 
 class MoELayer(MoE):

@@ -70,8 +70,8 @@ class MoEPlusPlus(MoE):
         losses = {"expert_weights": torch.where(ids < num_experts, 1.0, tau), "load": "fraction"}
         super().__init__(router, experts, losses=losses, **options)
 
-    def forward(self, hidden: Tensor, previous_logits: Tensor | None = None) -> MoEOutput:
-        return super().forward(hidden, previous_logits)
+    def forward(self, hidden: Tensor, previous_logits: Tensor | None = None, **options: Any) -> MoEOutput:
+        return super().forward(hidden, previous_logits, **options)
 
     def run_experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         return super().run_experts(rows * self.router.topk, routing)

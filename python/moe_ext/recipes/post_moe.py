@@ -29,7 +29,7 @@ class PostMoE(MoE):
         router = TopKRouter(dense.hidden_size, num_families, topk, renormalize=True, backend=backend)
         super().__init__(router.to(experts.down_weight), experts, **options)
 
-    def forward(self, hidden: Tensor, families: Tensor | None = None) -> MoEOutput:
-        if families is None or not self.training:
-            return super().forward(hidden)
-        return super().forward(hidden, forced_ids=families.expand(hidden.shape[:-1]).reshape(-1))
+    def forward(self, hidden: Tensor, families: Tensor | None = None, **options: Any) -> MoEOutput:
+        if families is not None and self.training:
+            options["forced_ids"] = families.expand(hidden.shape[:-1]).reshape(-1)
+        return super().forward(hidden, **options)
