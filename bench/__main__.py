@@ -64,8 +64,8 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 and "
                         "bfloat16 on a CPU")  # fmt: skip
     parser.add_argument("--backend", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers whose name holds one of these words; "
-                        "'none' for no peer")  # fmt: skip
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers whose name holds one of these words, "
+                        "'none' for no peer; table memory has all")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
 
@@ -233,7 +233,9 @@ def run_shapes(options: argparse.Namespace) -> Path:
     with Progress(*PROGRESS, transient=True) as progress:
         measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
         rows = measure(measured, timer, about, options.peers, progress)
-    table = Table("tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s")
+    table = Table(
+        "tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s", title="Expert layers alone"
+    )
     for cells in model_layers.summary(layers, rows):
         table.add_row(*cells)
     path = options.out / f"{shape.name}-{device}.json"

@@ -104,13 +104,15 @@ def peak_flops(rows: list[Row], machine: dict[str, Any], dtype: str) -> tuple[fl
     measured = machine.get("peak_flops_per_second")
     if isinstance(measured, dict) and measured.get(dtype):
         return float(measured[dtype]), "peak"
-    dense = [
-        row["flops_per_second"] * 100 / share
-        for row in rows
-        if row["dtype"] == dtype and row.get("flops_per_second")
-        for share in (row.get("percent_of_ceiling") or {}).values()
-    ]
-    return (max(dense), "fastest dense product") if dense else (None, "")
+    rates: dict[str, list[float]] = {}
+    for row in rows:
+        if row["dtype"] == dtype and row.get("flops_per_second"):
+            for name, share in (row.get("percent_of_ceiling") or {}).items():
+                rates.setdefault(name, []).append(row["flops_per_second"] * 100 / share)
+    if not rates:
+        return None, ""
+    name = max(rates, key=lambda name: max(rates[name]))
+    return max(rates[name]), f"fastest {name}"
 
 
 def scaling_lines(rows: list[Row], axis: str, dtype: str, direction: str) -> str:

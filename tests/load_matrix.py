@@ -25,7 +25,7 @@ import torch
 import moe_ext
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
+TORCHES = ("2.11", "2.12", "2.13", "2.14")
 # What torch imports, in versions that suit the oldest of PYTHONS; where they have compiled parts, they run without.
 NEEDED = ("typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock")
 
