@@ -9,6 +9,7 @@ from moe_ext.nn.experts import (
     ZeroComputationExperts,
 )
 from moe_ext.nn.layer import LayerStatistics, MoE, MoELayer, MoEOutput, SharedExpert
+from moe_ext.nn.lora import LoRAExperts, LoRAMLPExperts
 from moe_ext.nn.router import ExpertChoiceRouter, Router, Routing, TopKRouter
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Experts",
     "LayerStatistics",
     "LinearExperts",
+    "LoRAExperts",
+    "LoRAMLPExperts",
     "MoE",
     "MoELayer",
     "MoEOutput",
