@@ -67,6 +67,8 @@ class MoE(BackendModule):
             with the highest weights first; with ``capacity_shares`` s of :class:`ExpertGroups`, one of group g at most
             ``ceil(gamma * s_g * num_tokens * topk / sum over experts of s)`` (MoE++). None for dropless.
         losses: keyword arguments of :func:`moe_ext.router_losses`, beside the score function, which is the router's.
+        sequence_level: take the balance loss of each sequence on its own (DeepSeek's sequence-wise loss); ``hidden`` is
+            [..., sequence_length, hidden_size] then.
         backend: ``kernels``, or ``reference`` for the ops in plain torch.
 
     ``statistics`` holds a :class:`LayerStatistics` of the last call, None before the first.
@@ -84,6 +86,7 @@ class MoE(BackendModule):
         shared: nn.Module | None = None,
         capacity_factor: float | None = None,
         losses: dict[str, Any] | None = None,
+        sequence_level: bool = False,
         backend: Backend = "kernels",
     ) -> None:
         super().__init__(backend)
@@ -91,6 +94,7 @@ class MoE(BackendModule):
             raise ValueError(f"experts: expected {router.num_experts}, the router's number, got {found}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity_factor = capacity_factor
+        self.sequence_level = sequence_level
         self.losses = Knobs(router_losses, losses or {}, reserved=("score_function",))
         self.statistics: LayerStatistics | None = None
 
@@ -115,16 +119,22 @@ class MoE(BackendModule):
             context, gating: what the router takes beside the rows; their rows are those of ``hidden`` flattened.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
-        routing: Routing = self.router(rows, *context, **gating)
+        routing = self.route(rows, *context, **gating)
         output, dropped = self.run_experts(rows, routing)
         if self.shared is not None:
             output = output + self.shared(rows)
-        knobs = self.losses(routing.logits.dtype, {})
+        sequences = {"num_sequences": math.prod(hidden.shape[:-2])} if self.sequence_level else {}
+        knobs = self.losses(routing.logits.dtype, sequences)
         balance_loss, z_loss, tokens_per_expert = self.ops.router_losses(
             routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
         )
         self.statistics = LayerStatistics(tokens_per_expert, dropped, routing.topk_ids)
         return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, routing)
+
+    def route(self, rows: Tensor, *context: Any, **gating: Any) -> Routing:
+        """What the router says to rows [num_tokens, hidden_size]; where a system adds to its router."""
+        routing: Routing = self.router(rows, *context, **gating)
+        return routing
 
     def run_experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """The sum of all groups for rows [num_tokens, hidden_size], and how many slots no group took."""
@@ -153,7 +163,7 @@ class MoELayer(MoE):
         hidden_size, intermediate_size, num_experts, topk: sizes.
         shared_intermediate_size: width of the shared expert, 0 for none; several shared experts are one wide one.
         shared_gate: scale the shared expert with a sigmoid gate.
-        capacity_factor, losses: as in :class:`MoE`.
+        capacity_factor, losses, sequence_level: as in :class:`MoE`.
         router: keyword arguments of :class:`TopKRouter`.
         experts: keyword arguments of :class:`Experts`.
         backend: ``kernels``, or ``reference`` for the ops in plain torch.
@@ -172,6 +182,7 @@ class MoELayer(MoE):
         router: dict[str, Any] | None = None,
         experts: dict[str, Any] | None = None,
         losses: dict[str, Any] | None = None,
+        sequence_level: bool = False,
         backend: Backend = "kernels",
     ) -> None:
         shared = shared_intermediate_size > 0
@@ -181,5 +192,6 @@ class MoELayer(MoE):
             shared=SharedExpert(hidden_size, shared_intermediate_size, gated=shared_gate) if shared else None,
             capacity_factor=capacity_factor,
             losses=losses,
+            sequence_level=sequence_level,
             backend=backend,
         )

@@ -43,6 +43,7 @@ class Router(BackendModule):
         raise NotImplementedError
 
     def compute_logits(self, hidden: Tensor, *context: Any) -> Tensor:
+        """hidden [num_tokens, hidden_size] -> logits [num_tokens, num_experts]."""
         precision = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             inputs = tuple(_widened(x, precision) for x in (hidden, *context))
@@ -57,6 +58,10 @@ class Router(BackendModule):
                 f"{[hidden.shape[0], self.num_experts]}, got {list(logits.shape)}"
             )
         return logits
+
+    def gate(self, logits: Tensor, **gating: Any) -> Routing:
+        """logits [num_tokens, num_experts] from :meth:`compute_logits` -> the routing."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, topk={self.topk}"
@@ -106,12 +111,15 @@ class TopKRouter(Router):
         Args:
             hidden: [num_tokens, hidden_size].
             context: handed to ``logits`` after ``hidden``, floating tensors in fp32.
-            gating: keyword arguments of :func:`moe_ext.topk_gating` for this call, in the place of the router's own.
+            gating: options of the router for this call, in the place of its own.
 
         Raises:
             ValueError: ``logits`` returned another shape than [num_tokens, num_experts].
+            TypeError: an option that the router does not have.
         """
-        logits = self.compute_logits(hidden, *context)
+        return self.gate(self.compute_logits(hidden, *context), **gating)
+
+    def gate(self, logits: Tensor, **gating: Any) -> Routing:
         knobs = self.gating(logits.dtype, gating)
         bias = None if self.selection_bias is None else self.selection_bias.to(logits.dtype)
         weights, ids = self.ops.topk_gating(logits, self.topk, selection_bias=bias, **knobs)
@@ -151,8 +159,10 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, hidden: Tensor, *context: Any) -> Routing:
         """As :meth:`TopKRouter.forward`."""
-        logits = self.compute_logits(hidden, *context)
-        capacity = -(-hidden.shape[0] * self.topk // self.num_experts)
+        return self.gate(self.compute_logits(hidden, *context))
+
+    def gate(self, logits: Tensor) -> Routing:  # type: ignore[override]
+        capacity = -(-logits.shape[0] * self.topk // self.num_experts)
         weights, ids = self.ops.expert_choice_gating(logits, capacity, score_function=self._score_function)
         return Routing(weights, ids, logits)
 

@@ -77,7 +77,7 @@ def split(
         dense: of one expert.
         num_experts: divides the intermediate size.
         method: which neurons go together: neighbours; a random partition; or balanced k-means over the directions of
-            their input weights (those of the gate, where there is one; MoEfication, EMoE), which needs scipy.
+            their input weights (``up``'s; MoEfication, EMoE), which needs scipy.
         bias_divisor: by how much the output bias is divided: the number of experts that are summed. None is
             ``num_experts``.
         generator: for the random partition and the first centres of the k-means.
@@ -97,7 +97,7 @@ def split(
     elif method == "random":
         neurons = torch.randperm(dense.intermediate_size, generator=generator)
     elif method == "balanced_kmeans":
-        keys = dense.gate_up_weight.detach()[0, : dense.intermediate_size]
+        keys = dense.gate_up_weight.detach()[0, -dense.intermediate_size :]
         neurons = balanced_kmeans(keys, num_experts, generator=generator).argsort(stable=True)
     else:
         raise ValueError(f"method: expected contiguous, random or balanced_kmeans, got {method!r}")

@@ -18,4 +18,61 @@ A recipe says what a system is, not how it is computed:
   float64, forward and backward.
 """
 
-__all__: list[str] = []
+from moe_ext.recipes.aw_moe import AWMoE
+from moe_ext.recipes.bam import BAM
+from moe_ext.recipes.bigmac import BigMac
+from moe_ext.recipes.btm import btm_average, btm_ensemble, btm_log_prior, btm_posterior
+from moe_ext.recipes.clip_moe import CLIPMoE, upcycle_clip
+from moe_ext.recipes.deepseek_moe import DeepSeekMoE, DeepSeekV2MoE, DeepSeekV3MoE
+from moe_ext.recipes.emoe import EMoE
+from moe_ext.recipes.ewa import EWA
+from moe_ext.recipes.factor_llm import FactorLLM
+from moe_ext.recipes.feamoe import FEAMOE
+from moe_ext.recipes.fsmoe import FSMoE
+from moe_ext.recipes.mdcs import MDCS
+from moe_ext.recipes.mentor import MENTOR, mentor_loss
+from moe_ext.recipes.moe_fusion import MoEFusion, MoEVRD
+from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
+from moe_ext.recipes.moextend import MoExtend, layers_to_extend
+from moe_ext.recipes.moirai_moe import MoiraiMoE
+from moe_ext.recipes.mousi import MouSiFusion
+from moe_ext.recipes.pmoe import PMOE
+from moe_ext.recipes.post_moe import PostMoE
+from moe_ext.recipes.switch_dit import SwitchDiTBlock
+from moe_ext.recipes.tame import TAME
+from moe_ext.recipes.task_expert import TaskExpert
+
+__all__ = [
+    "BAM",
+    "EWA",
+    "FEAMOE",
+    "MDCS",
+    "MENTOR",
+    "PMOE",
+    "TAME",
+    "AWMoE",
+    "BigMac",
+    "CLIPMoE",
+    "DeepSeekMoE",
+    "DeepSeekV2MoE",
+    "DeepSeekV3MoE",
+    "EMoE",
+    "FSMoE",
+    "FactorLLM",
+    "MoEFusion",
+    "MoEPlusPlus",
+    "MoEVRD",
+    "MoExtend",
+    "MoiraiMoE",
+    "MouSiFusion",
+    "PostMoE",
+    "SwitchDiTBlock",
+    "TaskExpert",
+    "btm_average",
+    "btm_ensemble",
+    "btm_log_prior",
+    "btm_posterior",
+    "layers_to_extend",
+    "mentor_loss",
+    "upcycle_clip",
+]
