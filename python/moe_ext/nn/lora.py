@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 from moe_ext.activation_names import GATED_ACTIVATIONS
 from moe_ext.nn.backend import Backend, BackendModule
+from moe_ext.nn.layer import MoE
+from moe_ext.nn.router import TopKRouter
 from moe_ext.plan_types import RoutingPlan
 
 
@@ -41,6 +44,25 @@ class LoRAExperts(BackendModule):
         self.lora_a = nn.Parameter(torch.empty(num_experts, rank, in_features))
         self.lora_b = nn.Parameter(torch.empty(num_experts, rank, out_features))
         self.reset_parameters()
+
+    @classmethod
+    def from_deltas(cls, deltas: Tensor, rank: int, *, backend: Backend = "kernels") -> LoRAExperts:
+        """The best adapters of a rank for given differences of a weight, by singular value decomposition.
+
+        Args:
+            deltas: [num_experts, out_features, in_features], experts minus base.
+            rank: of the adapters; ``min(out_features, in_features)`` loses nothing.
+            backend: ``kernels``, or ``reference`` for the ops in plain torch.
+        """
+        num_experts, out_features, in_features = deltas.shape
+        precision = torch.promote_types(deltas.dtype, torch.float32)
+        left, values, right = torch.linalg.svd(deltas.detach().to(precision), full_matrices=False)
+        root = values[:, :rank, None].sqrt()
+        made = cls(num_experts, in_features, out_features, rank, backend=backend).to(deltas.device, deltas.dtype)
+        with torch.no_grad():
+            made.lora_a.copy_(right[:, :rank] * root)
+            made.lora_b.copy_(left[:, :, :rank].mT * root)
+        return made
 
     def reset_parameters(self) -> None:
         """A as torch.nn.Linear would, B zero."""
@@ -78,6 +100,89 @@ class LoRAExperts(BackendModule):
             f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, scaling={self.scaling}"
         )
+
+
+class RankOneExperts(BackendModule):
+    """One LoRA adapter of a linear map, of which every token uses some ranks only: ``B diag(g) A x``, g sparse.
+
+    Args:
+        num_experts: rank of the adapter; a rank is an expert.
+        in_features, out_features: sizes.
+        alpha: LoRA's scale; None for a scale of 1, else ``alpha / num_experts``.
+        backend: ``kernels``, or ``reference`` for the ops in plain torch.
+
+    The parameters are ``lora_a`` [num_experts, in_features] and ``lora_b`` [num_experts, out_features]: B transposed.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        alpha: float | None = None,
+        backend: Backend = "kernels",
+    ) -> None:
+        super().__init__(backend)
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.scaling = 1.0 if alpha is None else alpha / num_experts
+        self.lora_a = nn.Parameter(torch.empty(num_experts, in_features))
+        self.lora_b = nn.Parameter(torch.empty(num_experts, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A as torch.nn.Linear would, B zero."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.lora_a, -bound, bound)
+        nn.init.zeros_(self.lora_b)
+
+    def forward(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """hidden [num_tokens, in_features], ids and weights [num_tokens, topk] -> [num_tokens, out_features].
+
+        Only the chosen rows of A and B are read; :func:`moe_ext.low_rank_experts`.
+        """
+        output: Tensor = self.ops.low_rank_experts(
+            hidden, self.lora_a[:, None], self.lora_b[:, None], topk_ids, topk_weights * self.scaling
+        )
+        return output
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class LoRALinear(MoE):
+    """A frozen linear map with a router and LoRA experts of its own: ``W x + sum_j g_j E_j(x)``.
+
+    Args:
+        base: stays as it is, without gradient.
+        experts: :class:`LoRAExperts` of its sizes.
+        topk: experts per token.
+        logits: as in :class:`moe_ext.nn.TopKRouter`.
+        gating: further keyword arguments of :func:`moe_ext.topk_gating`.
+        options: as in :class:`moe_ext.nn.MoE`.
+
+    hidden [..., in_features] -> MoEOutput of [..., out_features].
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        experts: LoRAExperts,
+        topk: int,
+        *,
+        logits: nn.Module | None = None,
+        gating: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        experts.backend = backend = options.get("backend", "kernels")
+        router = TopKRouter(
+            base.in_features, experts.num_experts, topk, logits=logits, backend=backend, **(gating or {})
+        )
+        like = base.weight
+        super().__init__(
+            router.to(like.device, like.dtype), experts.to(like.device, like.dtype), shared=base.requires_grad_(False),
+            **options,
+        )  # fmt: skip
 
 
 class LoRAMLPExperts(BackendModule):
