@@ -60,6 +60,11 @@ def noisy_logits(num_tokens: int, num_experts: int) -> tuple[torch.Tensor, torch
     return clean, clean + std * make_rows(num_tokens, num_experts, dtype=torch.float64, seed=6), std
 
 
+def load_of(clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, topk: int) -> torch.Tensor:
+    _, ids, next_logit = moe_ext.topk_gating(noisy, topk, return_next_logit=True)
+    return smooth_load(clean, noisy, std, ids, next_logit)
+
+
 @pytest.mark.parametrize("topk", [1, 2, 3])
 def test_smooth_load_is_the_frequency_of_being_picked(topk):
     """Noise of one expert drawn again and again (at the quantiles of 20,001 strata), the others' as it was."""
@@ -70,24 +75,26 @@ def test_smooth_load_is_the_frequency_of_being_picked(topk):
         again = noisy[t].repeat(len(draws), 1)
         again[:, e] = clean[t, e] + std[t, e] * draws
         frequency[e] += (moe_ext.topk_gating(again, topk)[1] == e).double().sum() / len(draws)
-    assert (smooth_load(clean, noisy, std, topk) - frequency).abs().max() < 1e-3
+    assert (load_of(clean, noisy, std, topk) - frequency).abs().max() < 1e-3
 
 
 def test_smooth_load_gradient_and_precision():
     clean, noisy, std = noisy_logits(5, 6)
     inputs = [x.requires_grad_() for x in (clean, noisy.detach(), std)]
-    assert torch.autograd.gradcheck(lambda *x: smooth_load(*x, 2), inputs)
-    half = smooth_load(clean.bfloat16(), noisy.bfloat16(), std.bfloat16(), 2)
-    assert half.dtype == torch.float32 and relative_error(half, smooth_load(*inputs, 2)) < 2e-2
-    assert smooth_load(clean[:0], noisy[:0], std[:0], 2).tolist() == [0] * 6
+    assert torch.autograd.gradcheck(lambda *x: load_of(*x, 2), inputs)
+    half = load_of(clean.bfloat16(), noisy.bfloat16(), std.bfloat16(), 2)
+    assert half.dtype == torch.float32 and relative_error(half, load_of(*inputs, 2)) < 2e-2
+    assert load_of(clean[:0], noisy[:0], std[:0], 2).tolist() == [0] * 6
 
 
-@pytest.mark.parametrize("topk", [0, 4])
-def test_smooth_load_needs_an_expert_left_over(topk):
-    with pytest.raises(ValueError, match=f"topk: expected 1 to num_experts - 1 = 3, got {topk}"):
-        smooth_load(*noisy_logits(2, 4), topk)
+def test_smooth_load_names_the_argument():
+    logits, ids, next_logit = torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2)
     with pytest.raises(ValueError, match="clean_logits, noisy_logits, noise_std: expected"):
-        smooth_load(torch.zeros(2, 4), torch.zeros(2, 4), torch.ones(4), 1)
+        smooth_load(logits, logits, torch.ones(4), ids, next_logit)
+    with pytest.raises(ValueError, match=r"topk_ids: expected .* = \[2, 1 to 3\], got \[2, 4\]"):
+        smooth_load(logits, logits, logits, ids.expand(2, 4), next_logit)
+    with pytest.raises(ValueError, match=r"next_logit: expected \[num_tokens\] = \[2\], got \[3\]"):
+        smooth_load(logits, logits, logits, ids, torch.zeros(3))
 
 
 def test_selection_bias_moves_by_the_sign_of_the_violation():

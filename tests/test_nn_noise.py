@@ -130,3 +130,16 @@ def test_noisy_router_of_all_experts_copies_and_low_precision():
     empty = router(torch.zeros(0, 8))
     empty.balance_loss.backward()
     assert empty.topk_ids.shape == (0, 3) and (router.logits.weight.grad == 0).all()
+
+
+def test_noisy_router_compiles_without_a_graph_break():
+    """In training too, with torch's own generator; gradients of the losses are those of the eager router."""
+    router = NoisyTopKRouter(8, 5, 2)
+    hidden = make_rows(33, 8, dtype=torch.float32)
+    results = []
+    for run in (router, torch.compile(router, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        routing = run(hidden)
+        results.append([*routing, *torch.autograd.grad(routing.balance_loss, list(router.parameters()))])
+    for compiled, eager in zip(*results, strict=True):
+        assert relative_error(compiled.float(), eager.float()) < 1e-5

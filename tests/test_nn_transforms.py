@@ -71,7 +71,9 @@ def test_balanced_kmeans_finds_planted_clusters():
     generator = torch.Generator().manual_seed(3)
     planted = torch.randperm(20, generator=generator) % 4
     points = torch.eye(4, 6)[planted] + 0.05 * torch.randn(20, 6, generator=generator)
-    points = points * torch.rand(20, 1, generator=generator).add(0.1) * 10
+    lengths = torch.rand(20, 1, generator=generator).add(0.1) * 10
+    same = [balanced_kmeans(p, 4, generator=torch.Generator().manual_seed(0)) for p in (points, points * lengths)]
+    assert torch.equal(*same)
     # The first centres are drawn: the best of a few draws, as k-means is used.
     found = [balanced_kmeans(points, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
     assert all(clusters.bincount().tolist() == [5] * 4 for clusters in found)

@@ -15,6 +15,7 @@ from moe_ext.nn.multi_gate import GateMaps, MultiGatePlan, multi_gate_combine, m
 from moe_ext.nn.noise import NoisyRouting, NoisyTopKRouter, gaussian_noise, gumbel_noise, input_jitter, straight_through
 from moe_ext.nn.router import ExpertChoiceRouter, Router, Routing, TopKRouter
 from moe_ext.nn.soft import dense_mixture, dense_outputs, dense_plan, expert_rows
+from moe_ext.nn.steering import SteeredRouter
 from moe_ext.nn.topology import InPlaceOfMLP, replace_modules
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Router",
     "Routing",
     "SharedExpert",
+    "SteeredRouter",
     "TopKRouter",
     "ZeroComputationExperts",
     "cv_squared",

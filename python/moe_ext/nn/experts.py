@@ -60,7 +60,13 @@ class Experts(BackendModule):
         _reset_linear(self.down_weight, self.down_bias, self.intermediate_size)
 
     def forward(self, hidden: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
-        """hidden [num_tokens, hidden_size] -> [num_tokens, hidden_size], experts summed with the weights."""
+        """hidden [num_tokens, hidden_size] -> [num_tokens, hidden_size], experts summed with the weights.
+
+        Weights of another dtype than the ops take (FSDP2's mixed precision casts every floating input of a module that
+        it wraps, unless ``cast_forward_inputs=False``) are cast back; what that rounding took is lost.
+        """
+        if topk_weights is not None:
+            topk_weights = topk_weights.to(torch.promote_types(hidden.dtype, torch.float32))
         output: Tensor = self.ops.moe_mlp(
             hidden,
             self.gate_up_weight,
@@ -170,7 +176,7 @@ class ModuleExperts(BackendModule):
     experts do neither.
 
     Args:
-        experts: from [num_rows, *row_shape] to [num_rows, ...], the same for all.
+        experts: from ``[num_rows, *row_shape]`` to ``[num_rows, ...]``, the same for all.
         row_shape: the shape in which an expert sees a row of ``hidden``; () for [num_rows, hidden_size].
         backend: ``kernels``, or ``reference`` for the ops in plain torch.
     """

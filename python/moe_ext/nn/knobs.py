@@ -26,12 +26,19 @@ class Knobs(nn.Module):
         self.op_name = op.__name__
         self._check(values)
         self.options = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value)
+        self.constants = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        for name, value in self.constants.items():
+            self.register_buffer(name, value.clone())
+
+    def reset_parameters(self) -> None:
+        """The buffers as they were given, after a module that was made on the meta device got memory."""
+        for name, value in self.constants.items():
+            self.get_buffer(name).copy_(value)
 
     def forward(self, precision: torch.dtype, values: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call: ``values`` stand before what is held; floating tensors in ``precision``."""
+        if not values and not self.constants:
+            return self.options
         self._check(values)
         found = {**self.options, **dict(self.named_buffers(recurse=False)), **values}
         return {

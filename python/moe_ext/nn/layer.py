@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import _register_namedtuple
 
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.nn.experts import ExpertGroups, Experts, count_experts
@@ -25,8 +26,21 @@ class MoEOutput(NamedTuple):
     """Scalar, see :func:`moe_ext.router_losses`; multiply with a coefficient and add it to the loss."""
     z_loss: Tensor
     """Scalar, see :func:`moe_ext.router_losses`."""
-    routing: Routing
-    """What the router said, with gradients: for losses of one's own, or for the router of the next layer."""
+    topk_weights: Tensor
+    """[num_tokens, topk], as all that follows from the router: with gradients, for losses of one's own."""
+    topk_ids: Tensor
+    """[num_tokens, topk] int32."""
+    logits: Tensor
+    """[num_tokens, num_experts]."""
+
+    @property
+    def routing(self) -> Routing:
+        """What the router said."""
+        return Routing(self.topk_weights, self.topk_ids, self.logits)
+
+
+# torch.export writes the type of a module's result down by this name.
+_register_namedtuple(MoEOutput, serialized_type_name="moe_ext.nn.MoEOutput")
 
 
 class LayerStatistics(NamedTuple):
@@ -129,7 +143,9 @@ class MoE(BackendModule):
             routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
         )
         self.statistics = LayerStatistics(tokens_per_expert, dropped, routing.topk_ids)
-        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, routing)
+        # A router with a balance loss of its own is balanced by that one (noisy top-k).
+        balance_loss = getattr(routing, "balance_loss", balance_loss)
+        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, *routing[:3])
 
     def route(self, rows: Tensor, *context: Any, **gating: Any) -> Routing:
         """What the router says to rows [num_tokens, hidden_size]; where a system adds to its router."""
@@ -138,8 +154,9 @@ class MoE(BackendModule):
 
     def run_experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """The sum of all groups for rows [num_tokens, hidden_size], and how many slots no group took."""
-        output, first = None, 0
-        taken = torch.zeros((), dtype=torch.int64, device=rows.device)
+        output: Tensor | None = None
+        dropped: Tensor | None = None
+        first = 0
         for group, (_, experts) in enumerate(self._groups()):
             capacity = self.capacity(rows.shape[0], group)
             plan = self.ops.routing_plan(
@@ -148,12 +165,13 @@ class MoE(BackendModule):
                 capacity=capacity,
                 drop_scores=None if capacity is None else routing.topk_weights.detach(),
             )
-            part = experts(rows, plan, routing.topk_weights)
+            part, absent = experts(rows, plan, routing.topk_weights), (plan.slot_to_permuted < 0).sum()
             output = part if output is None else output + part
-            taken = taken + (plan.slot_to_permuted >= 0).sum()
+            # To a group the slots of the others are absent too.
+            dropped = absent if dropped is None else dropped + absent - routing.topk_ids.numel()
             first += count_experts(experts)
-        assert output is not None
-        return output, routing.topk_ids.numel() - taken
+        assert output is not None and dropped is not None
+        return output, dropped
 
 
 class MoELayer(MoE):

@@ -60,7 +60,9 @@ def dense_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> T
     return matrix.scatter_add(1, columns, topk_weights)[:, :num_experts]
 
 
-def smooth_load(clean_logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, topk: int) -> Tensor:
+def smooth_load(
+    clean_logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, topk_ids: Tensor, next_logit: Tensor
+) -> Tensor:
     """The number of tokens that each expert would be picked by, in expectation over its own noise.
 
     A count of picked tokens has no gradient; the probability that expert e of token t stays among the ``topk`` if its
@@ -69,25 +71,34 @@ def smooth_load(clean_logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, t
 
     Args:
         clean_logits, noisy_logits, noise_std: [num_tokens, num_experts] floating; ``noise_std`` > 0.
-        topk: experts per token, less than num_experts: of all experts the load is constant.
+        topk_ids: [num_tokens, topk], the experts of the highest noisy logits in descending order, none left out, with
+            topk < num_experts: of all experts the load is constant.
+        next_logit: [num_tokens], the noisy logit after those. Both from :func:`moe_ext.topk_gating` with
+            ``return_next_logit``.
 
     Returns:
-        [num_experts] float32 (float64 for float64 logits), differentiable in all three, thresholds included.
+        [num_experts] float32 (float64 for float64 logits), differentiable in all but the ids, thresholds included.
 
     Raises:
-        ValueError: shapes differ, or ``topk`` is out of range.
+        ValueError: shapes do not fit, or topk is num_experts.
     """
     if not clean_logits.shape == noisy_logits.shape == noise_std.shape or clean_logits.dim() != 2:
         raise ValueError(
             "clean_logits, noisy_logits, noise_std: expected [num_tokens, num_experts] of all, "
             f"got {list(clean_logits.shape)}, {list(noisy_logits.shape)} and {list(noise_std.shape)}"
         )
-    if not 0 < topk < clean_logits.shape[1]:
-        raise ValueError(f"topk: expected 1 to num_experts - 1 = {clean_logits.shape[1] - 1}, got {topk}")
+    num_tokens, num_experts = clean_logits.shape
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != num_tokens or not 0 < topk_ids.shape[1] < num_experts:
+        raise ValueError(
+            f"topk_ids: expected [num_tokens, topk] = [{num_tokens}, 1 to {num_experts - 1}], "
+            f"got {list(topk_ids.shape)}"
+        )
+    if next_logit.shape != (num_tokens,):
+        raise ValueError(f"next_logit: expected [num_tokens] = [{num_tokens}], got {list(next_logit.shape)}")
     precision = torch.promote_types(clean_logits.dtype, torch.float32)
     clean, noisy, std = (x.to(precision) for x in (clean_logits, noisy_logits, noise_std))
-    highest = noisy.topk(topk + 1, dim=1).values
-    last_in, first_out = highest[:, topk - 1 : topk], highest[:, topk:]
+    first_out = next_logit[:, None].to(precision)
+    last_in = noisy.gather(1, topk_ids[:, -1:].long())
     # The others' topk-th logit: the next one down for an expert that is itself among the topk.
     threshold = torch.where(noisy > first_out, first_out, last_in)
     load: Tensor = torch.special.ndtr((clean - threshold) / std).sum(0)

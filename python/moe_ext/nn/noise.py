@@ -92,7 +92,7 @@ class NoisyRouting(NamedTuple):
     logits: Tensor
     """[num_tokens, num_experts], with the noise."""
     balance_loss: Tensor
-    """Scalar: CV^2 of importance plus CV^2 of load; Shazeer et al. multiply it with 0.01."""
+    """Scalar: CV^2 of importance plus CV^2 of load, to be multiplied with a coefficient (0.1 in the paper)."""
 
 
 class NoisyTopKRouter(Router):
@@ -126,9 +126,11 @@ class NoisyTopKRouter(Router):
             with torch.autocast(hidden.device.type, enabled=False):
                 noise_logits = F.linear(hidden.to(clean.dtype), self.noise.weight.to(clean.dtype))
             logits, std = gaussian_noise(clean, noise_logits, epsilon=self.epsilon, generator=generator)
-        weights, ids = self.ops.topk_gating(logits, self.topk, score_order="select_then_score")
+        weights, ids, next_logit = self.ops.topk_gating(
+            logits, self.topk, score_order="select_then_score", return_next_logit=True
+        )
         if self.training and self.topk < self.num_experts:
-            load = smooth_load(clean, logits, std, self.topk)
+            load = smooth_load(clean, logits, std, ids, next_logit)
         else:
             load = expert_importance(torch.ones_like(weights), ids, self.num_experts)
         loss = cv_squared(expert_importance(weights, ids, self.num_experts)) + cv_squared(load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.nn.knobs import Knobs
+from moe_ext.ops.autocast import without_autocast
 from moe_ext.ops.gating import ScoreFunction, topk_gating
 
 
@@ -45,13 +47,15 @@ class Router(BackendModule):
     def compute_logits(self, hidden: Tensor, *context: Any) -> Tensor:
         """hidden [num_tokens, hidden_size] -> logits [num_tokens, num_experts]."""
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             inputs = tuple(_widened(x, precision) for x in (hidden, *context))
-            state = {**dict(self.logits.named_parameters()), **dict(self.logits.named_buffers())}
-            narrow = {name: _widened(x, precision) for name, x in state.items() if x.is_floating_point()}
-            narrow = {name: x for name, x in narrow.items() if x is not state[name]}
-            call = torch.func.functional_call
-            logits: Tensor = call(self.logits, narrow, inputs) if narrow else self.logits(*inputs)
+            held = chain(self.logits.parameters(), self.logits.buffers())
+            if all(x.dtype == precision for x in held if x.is_floating_point()):
+                logits: Tensor = self.logits(*inputs)
+            else:
+                state = {**dict(self.logits.named_parameters()), **dict(self.logits.named_buffers())}
+                wide = {name: _widened(x, precision) for name, x in state.items()}
+                logits = torch.func.functional_call(self.logits, wide, inputs)
         if logits.shape != (hidden.shape[0], self.num_experts):
             raise ValueError(
                 f"logits: expected a module that returns [num_tokens, num_experts] = "
@@ -99,6 +103,11 @@ class TopKRouter(Router):
         self.gating = Knobs(topk_gating, gating, reserved=("selection_bias", "return_next_logit"))
         self.selection_bias: Tensor | None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
+
+    def reset_parameters(self) -> None:
+        """The bias only; the map to logits has a reset_parameters of its own."""
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
 
     @property
     def score_function(self) -> ScoreFunction:

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
 from moe_ext.ops.autocast import cast_for_product
+from moe_ext.ops.autograd import register_autograd
 from moe_ext.plan_types import RoutingPlan
 
 _ops = torch.ops.moe_ext
@@ -237,7 +238,5 @@ def _moe_mlp_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | 
     return tuple(grads)
 
 
-torch.library.register_autograd(
-    "moe_ext::expert_activation", _expert_activation_backward, setup_context=_expert_activation_setup
-)
-torch.library.register_autograd("moe_ext::moe_mlp", _moe_mlp_backward, setup_context=_moe_mlp_setup)
+register_autograd("moe_ext::expert_activation", _expert_activation_backward, setup_context=_expert_activation_setup)
+register_autograd("moe_ext::moe_mlp", _moe_mlp_backward, setup_context=_moe_mlp_setup)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
+from moe_ext.ops.autograd import register_autograd
 
 _ops = torch.ops.moe_ext
 
 NOT_DIFFERENTIABLE = (
     "moe_ext::topk_gating_backward",
+    "moe_ext::topk_gating_general_backward",
     "moe_ext::router_losses_backward",
     "moe_ext::expert_choice_gating_backward",
 )
@@ -123,21 +125,24 @@ def topk_gating(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size, range or device; the message names it.
     """
-    beyond = dict(
-        first_rank=first_rank or None, forced_ids=forced_ids, top_p=top_p, min_ratio=min_ratio, keep_tokens=keep_tokens,
-        weight_source=None if weight_source == "scores" else weight_source, external_weights=external_weights,
-        zero_weight_experts=zero_weight_experts, expert_gain=expert_gain, return_next_logit=return_next_logit or None,
-    )  # fmt: skip
-    for name, value in beyond.items():
-        if value is not None:
-            raise RuntimeError(f"{name}: the kernels do not have it yet, moe_ext.reference.topk_gating does")
     if selection_bias is not None:
         selection_bias = selection_bias.detach()
-    weights, ids = _ops.topk_gating(
+    options = (
         logits, topk, score_function, score_order, selection_bias, expert_mask, num_groups, topk_groups, renormalize,
         renormalize_eps, scale,
     )  # fmt: skip
-    return weights, ids
+    tensors = (forced_ids, keep_tokens, external_weights, zero_weight_experts, expert_gain)
+    plain = first_rank == 0 and top_p is None and min_ratio is None and not return_next_logit
+    if plain and weight_source == "scores" and all(tensor is None for tensor in tensors):
+        weights, ids = _ops.topk_gating(*options)
+        return weights, ids
+    if expert_gain is not None:
+        expert_gain = expert_gain.detach()
+    weights, ids, next_logit, _ = _ops.topk_gating_general(
+        *options, first_rank, forced_ids, top_p, min_ratio, keep_tokens, weight_source, external_weights,
+        zero_weight_experts, expert_gain, return_next_logit,
+    )  # fmt: skip
+    return (weights, ids, next_logit) if return_next_logit else (weights, ids)
 
 
 def router_losses(
@@ -179,16 +184,12 @@ def router_losses(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size, range or device; the message names it.
     """
-    beyond = dict(
-        expert_weights=expert_weights,
-        load=None if load == "relative" else load,
-        num_sequences=None if num_sequences == 1 else num_sequences,
+    if expert_weights is not None:
+        expert_weights = expert_weights.detach()
+    balance_loss, z_loss, loads, _ = _ops.router_losses(
+        logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences
     )
-    for name, value in beyond.items():
-        if value is not None:
-            raise RuntimeError(f"{name}: the kernels do not have it yet, moe_ext.reference.router_losses does")
-    balance_loss, z_loss, tokens_per_expert, _ = _ops.router_losses(logits, topk_ids, score_function, token_mask)
-    return balance_loss, z_loss, tokens_per_expert
+    return balance_loss, z_loss, loads[0] if num_sequences == 1 else loads.sum(0, dtype=torch.int32)
 
 
 def expert_choice_gating(
@@ -226,16 +227,33 @@ def _topk_gating_backward_fake(grad_topk_weights: Tensor, logits: Tensor, topk_i
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+@torch.library.register_fake("moe_ext::topk_gating_general")
+def _topk_gating_general_fake(logits: Tensor, topk: int, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_next, dtype = logits.shape[0] if options[-1] else 0, _router_dtype(logits)
+    return (
+        *_topk_gating_fake(logits, topk),
+        logits.new_empty(num_next, dtype=dtype),
+        logits.new_empty(num_next, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("moe_ext::topk_gating_general_backward")
+def _topk_gating_general_backward_fake(
+    grad_topk_weights: Tensor, logits: Tensor, topk_ids: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    num_external = 0 if options[-3] is None else logits.shape[0]
+    grad_external = logits.new_empty((num_external, logits.shape[1]), dtype=_router_dtype(logits))
+    return _topk_gating_backward_fake(grad_topk_weights, logits, topk_ids), grad_external
+
+
 @torch.library.register_fake("moe_ext::router_losses")
-def _router_losses_fake(
-    logits: Tensor, topk_ids: Tensor, score_function: str, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _router_dtype(logits)
+def _router_losses_fake(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, num_sequences = _router_dtype(logits), options[-1]
     return (
         logits.new_empty((), dtype=dtype),
         logits.new_empty((), dtype=dtype),
-        logits.new_empty(logits.shape[1], dtype=torch.int32),
-        logits.new_empty((), dtype=torch.int32),
+        logits.new_empty((num_sequences, logits.shape[1]), dtype=torch.int32),
+        logits.new_empty(num_sequences, dtype=torch.int32),
     )
 
 
@@ -261,11 +279,10 @@ def _expert_choice_gating_backward_fake(
 
 
 def _topk_gating_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, _, score_function, score_order, _, expert_mask, _, _, renormalize, renormalize_eps, scale = inputs
+    logits, _, score_function, score_order, _, expert_mask, _, _, *ctx.normalization = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits, output[1], expert_mask)
     ctx.options = (score_function, score_order)
-    ctx.normalization = (renormalize, renormalize_eps, scale)
 
 
 def _topk_gating_backward(ctx: Any, grad_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -274,19 +291,44 @@ def _topk_gating_backward(ctx: Any, grad_weights: Tensor, _: None) -> tuple[Tens
     return grad, *[None] * 10
 
 
+def _topk_gating_general_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, score_function, score_order, _, expert_mask, _, _, *ctx.normalization = inputs[:11]
+    _, _, _, _, _, ctx.weight_source, external_weights, zero_weight_experts, expert_gain, has_next_logit = inputs[11:]
+    _, topk_ids, _, next_id = output
+    ctx.mark_non_differentiable(topk_ids, next_id)
+    ctx.save_for_backward(
+        logits, topk_ids, expert_mask, next_id if has_next_logit else None, external_weights, zero_weight_experts,
+        expert_gain,
+    )  # fmt: skip
+    ctx.options = (score_function, score_order)
+
+
+def _topk_gating_general_backward(
+    ctx: Any, grad_weights: Tensor, _: None, grad_next_logit: Tensor, __: None
+) -> tuple[Tensor | None, ...]:
+    logits, topk_ids, expert_mask, next_id, external_weights, zero_weight_experts, expert_gain = ctx.saved_tensors
+    grad_logits, grad_external = _ops.topk_gating_general_backward(
+        grad_weights, logits, topk_ids, *ctx.options, expert_mask, *ctx.normalization,
+        None if next_id is None else grad_next_logit, next_id, ctx.weight_source, external_weights, zero_weight_experts,
+        expert_gain,
+    )  # fmt: skip
+    return grad_logits, *[None] * 16, None if external_weights is None else grad_external, *[None] * 3
+
+
 def _router_losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, topk_ids, ctx.score_function, token_mask = inputs
+    logits, topk_ids, ctx.score_function, token_mask, expert_weights, ctx.load, _ = inputs
     ctx.topk = topk_ids.shape[1]
     ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(logits, output[2], output[3], token_mask)
+    ctx.save_for_backward(logits, output[2], output[3], token_mask, expert_weights)
 
 
 def _router_losses_backward(ctx: Any, grad_balance: Tensor, grad_z: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    logits, tokens_per_expert, num_counted, token_mask = ctx.saved_tensors
+    logits, loads, num_counted, token_mask, expert_weights = ctx.saved_tensors
     grad = _ops.router_losses_backward(
-        grad_balance, grad_z, logits, tokens_per_expert, num_counted, ctx.score_function, token_mask, ctx.topk
-    )
-    return grad, None, None, None
+        grad_balance, grad_z, logits, loads, num_counted, ctx.score_function, token_mask, expert_weights, ctx.load,
+        ctx.topk,
+    )  # fmt: skip
+    return grad, *[None] * 6
 
 
 def _expert_choice_gating_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -300,8 +342,11 @@ def _expert_choice_gating_backward(ctx: Any, grad_weights: Tensor, _: None) -> t
     return _ops.expert_choice_gating_backward(grad_weights, logits, topk_ids, ctx.score_function), None, None
 
 
-torch.library.register_autograd("moe_ext::topk_gating", _topk_gating_backward, setup_context=_topk_gating_setup)
-torch.library.register_autograd("moe_ext::router_losses", _router_losses_backward, setup_context=_router_losses_setup)
-torch.library.register_autograd(
+register_autograd("moe_ext::topk_gating", _topk_gating_backward, setup_context=_topk_gating_setup)
+register_autograd(
+    "moe_ext::topk_gating_general", _topk_gating_general_backward, setup_context=_topk_gating_general_setup
+)
+register_autograd("moe_ext::router_losses", _router_losses_backward, setup_context=_router_losses_setup)
+register_autograd(
     "moe_ext::expert_choice_gating", _expert_choice_gating_backward, setup_context=_expert_choice_gating_setup
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
 from moe_ext.ops.autocast import cast_for_product
+from moe_ext.ops.autograd import register_autograd
 from moe_ext.ops.permutation import unpermute
 
 _ops = torch.ops.moe_ext
@@ -272,10 +273,6 @@ def _grouped_bias_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, N
     return torch.where(held[:, None], spread, torch.zeros_like(spread)), None, None
 
 
-torch.library.register_autograd("moe_ext::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
-torch.library.register_autograd(
-    "moe_ext::grouped_gemm_wgrad", _grouped_gemm_wgrad_backward, setup_context=_grouped_gemm_wgrad_setup
-)
-torch.library.register_autograd(
-    "moe_ext::grouped_bias_grad", _grouped_bias_grad_backward, setup_context=_grouped_bias_grad_setup
-)
+register_autograd("moe_ext::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
+register_autograd("moe_ext::grouped_gemm_wgrad", _grouped_gemm_wgrad_backward, setup_context=_grouped_gemm_wgrad_setup)
+register_autograd("moe_ext::grouped_bias_grad", _grouped_bias_grad_backward, setup_context=_grouped_bias_grad_setup)

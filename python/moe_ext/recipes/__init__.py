@@ -2,7 +2,7 @@
 
 A recipe says what a system is, not how it is computed:
 
-- One file per system, ``recipes/<system>.py``, 20 to 80 lines; its public class or function carries the system's own
+- One file per system, ``recipes/<system>.py``, under 100 lines; its public class or function carries the system's own
   name (``EMoE``, ``CLIPMoE``) and is exported here.
 - The docstring of the file cites the paper (title, arXiv number), gives the mechanism as a formula, and marks as "our
   reading" what the paper leaves open.
@@ -23,6 +23,7 @@ from moe_ext.recipes.bam import BAM
 from moe_ext.recipes.bigmac import BigMac
 from moe_ext.recipes.btm import btm_average, btm_ensemble, btm_log_prior, btm_posterior
 from moe_ext.recipes.clip_moe import CLIPMoE, upcycle_clip
+from moe_ext.recipes.cmoe import CMoE
 from moe_ext.recipes.deepseek_moe import DeepSeekMoE, DeepSeekV2MoE, DeepSeekV3MoE
 from moe_ext.recipes.emoe import EMoE
 from moe_ext.recipes.ewa import EWA
@@ -40,16 +41,21 @@ from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
 from moe_ext.recipes.moextend import MoExtend, layers_to_extend
 from moe_ext.recipes.moirai_moe import MoiraiMoE
 from moe_ext.recipes.mola import MoLA, apply_mola, experts_per_layer
+from moe_ext.recipes.mote import activation_difference, suppress
 from moe_ext.recipes.mousi import MouSiFusion
 from moe_ext.recipes.phatgoose import PHATGOOSE, PHATGOOSEGate
 from moe_ext.recipes.pill import PILLAdapters, PILLValueGate
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
 from moe_ext.recipes.rocket import Rocket, select_experts
+from moe_ext.recipes.scmoe import self_contrast, weak_routing
 from moe_ext.recipes.smora import SMoRA
+from moe_ext.recipes.sparsely_gated_moe import SparselyGatedMoE
 from moe_ext.recipes.switch_dit import SwitchDiTBlock
+from moe_ext.recipes.switch_transformer import SwitchTransformer
 from moe_ext.recipes.tame import TAME
 from moe_ext.recipes.task_expert import TaskExpert
+from moe_ext.recipes.task_level_moe import TaskLevelMoE
 from moe_ext.recipes.twin_merging import TwinMerging
 
 __all__ = [
@@ -65,6 +71,7 @@ __all__ = [
     "AWMoE",
     "BigMac",
     "CLIPMoE",
+    "CMoE",
     "DeepSeekMoE",
     "DeepSeekV2MoE",
     "DeepSeekV3MoE",
@@ -88,9 +95,13 @@ __all__ = [
     "PostMoE",
     "Rocket",
     "SMoRA",
+    "SparselyGatedMoE",
     "SwitchDiTBlock",
+    "SwitchTransformer",
     "TaskExpert",
+    "TaskLevelMoE",
     "TwinMerging",
+    "activation_difference",
     "apply_mola",
     "btm_average",
     "btm_ensemble",
@@ -101,5 +112,8 @@ __all__ = [
     "loramoe_loss",
     "mentor_loss",
     "select_experts",
+    "self_contrast",
+    "suppress",
     "upcycle_clip",
+    "weak_routing",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ext.nn import MoELayer, Routing
+from moe_ext.nn import MoELayer, Routing, update_selection_bias
 
 
 class DeepSeekMoE(MoELayer):
@@ -62,7 +62,7 @@ class DeepSeekV2MoE(DeepSeekMoE):
 
 
 class DeepSeekV3MoE(DeepSeekMoE):
-    """Sigmoid scores and loss-free balancing: whoever trains moves ``router.selection_bias``."""
+    """Sigmoid scores and loss-free balancing: call :meth:`balance` after every optimizer step."""
 
     def __init__(
         self,
@@ -83,3 +83,9 @@ class DeepSeekV3MoE(DeepSeekMoE):
             "scale": scale,
         }
         super().__init__(*sizes, num_shared=num_shared, router=router, **options)
+
+    def balance(self, rate: float = 1e-3) -> None:
+        """Move the selection bias by the load of the last call."""
+        bias = self.router.selection_bias
+        assert isinstance(bias, Tensor) and self.statistics is not None
+        update_selection_bias(bias, self.statistics.tokens_per_expert, rate=rate)

@@ -54,7 +54,7 @@ class MoEPlusPlus(MoE):
         ops = {"backend": options.get("backend", "kernels")}
         rest = ZeroComputationExperts(hidden_size, **(zero_computation or {}))
         total = num_experts + rest.num_experts
-        ids = torch.arange(total)
+        ids = torch.arange(total, device="cpu")
         router = TopKRouter(
             hidden_size,
             total,
