@@ -16,6 +16,7 @@ from . import (
     bench_experts,
     bench_gating,
     bench_grouped_gemm,
+    bench_lora,
     bench_permutation,
     bench_plan,
     language_model,
@@ -29,7 +30,7 @@ from . import (
 from .case import Cases, Context
 from .timing import Timer
 
-MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_all_to_all)
+MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_lora, bench_all_to_all)
 TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
 SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 1.5, "quick": 0.05}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

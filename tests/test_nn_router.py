@@ -90,6 +90,17 @@ def test_tensor_options_are_buffers():
     assert TopKRouter(16, 8, 2, expert_mask=torch.arange(8) < 3)(make_rows(5, 16, dtype=torch.float32))[1].max() < 3
 
 
+def test_options_come_back_after_the_meta_device():
+    """Memory that ``to_empty`` leaves as it is, is filled by ``reset_parameters``."""
+    mask = torch.arange(8) < 3
+    router = TopKRouter(16, 8, 2, expert_mask=mask, selection_bias=True).to("meta").to_empty(device="cpu")
+    for module in router.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(router.gating.expert_mask, mask) and not router.selection_bias.any()
+    assert router.logits.weight.isfinite().all()
+
+
 def test_expert_choice():
     """Every expert takes exactly ceil(T * topk / E) tokens, and capacity drops none of them."""
     router = ExpertChoiceRouter(16, 8, 2, score_function="sigmoid")

@@ -37,6 +37,8 @@ class Knobs(nn.Module):
 
     def forward(self, precision: torch.dtype, values: dict[str, Any]) -> dict[str, Any]:
         """The arguments of one call: ``values`` stand before what is held; floating tensors in ``precision``."""
+        if not values and not self.constants:
+            return self.options
         self._check(values)
         found = {**self.options, **dict(self.named_buffers(recurse=False)), **values}
         return {

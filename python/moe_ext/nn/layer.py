@@ -154,8 +154,9 @@ class MoE(BackendModule):
 
     def run_experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """The sum of all groups for rows [num_tokens, hidden_size], and how many slots no group took."""
-        output, first = None, 0
-        taken = torch.zeros((), dtype=torch.int64, device=rows.device)
+        output: Tensor | None = None
+        dropped: Tensor | None = None
+        first = 0
         for group, (_, experts) in enumerate(self._groups()):
             capacity = self.capacity(rows.shape[0], group)
             plan = self.ops.routing_plan(
@@ -164,12 +165,13 @@ class MoE(BackendModule):
                 capacity=capacity,
                 drop_scores=None if capacity is None else routing.topk_weights.detach(),
             )
-            part = experts(rows, plan, routing.topk_weights)
+            part, absent = experts(rows, plan, routing.topk_weights), (plan.slot_to_permuted < 0).sum()
             output = part if output is None else output + part
-            taken = taken + (plan.slot_to_permuted >= 0).sum()
+            # To a group the slots of the others are absent too.
+            dropped = absent if dropped is None else dropped + absent - routing.topk_ids.numel()
             first += count_experts(experts)
-        assert output is not None
-        return output, routing.topk_ids.numel() - taken
+        assert output is not None and dropped is not None
+        return output, dropped
 
 
 class MoELayer(MoE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -48,11 +49,13 @@ class Router(BackendModule):
         precision = torch.promote_types(hidden.dtype, torch.float32)
         with without_autocast(hidden):
             inputs = tuple(_widened(x, precision) for x in (hidden, *context))
-            state = {**dict(self.logits.named_parameters()), **dict(self.logits.named_buffers())}
-            narrow = {name: _widened(x, precision) for name, x in state.items() if x.is_floating_point()}
-            narrow = {name: x for name, x in narrow.items() if x is not state[name]}
-            call = torch.func.functional_call
-            logits: Tensor = call(self.logits, narrow, inputs) if narrow else self.logits(*inputs)
+            held = chain(self.logits.parameters(), self.logits.buffers())
+            if all(x.dtype == precision for x in held if x.is_floating_point()):
+                logits: Tensor = self.logits(*inputs)
+            else:
+                state = {**dict(self.logits.named_parameters()), **dict(self.logits.named_buffers())}
+                wide = {name: _widened(x, precision) for name, x in state.items()}
+                logits = torch.func.functional_call(self.logits, wide, inputs)
         if logits.shape != (hidden.shape[0], self.num_experts):
             raise ValueError(
                 f"logits: expected a module that returns [num_tokens, num_experts] = "
