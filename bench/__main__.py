@@ -22,6 +22,7 @@ from . import (
     bench_experts,
     bench_gating,
     bench_grouped_gemm,
+    bench_lora,
     bench_permutation,
     bench_plan,
     compare,
@@ -38,7 +39,7 @@ from . import (
 from .case import Case, Cases, Context
 from .timing import Timer
 
-MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_all_to_all)
+MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_lora, bench_all_to_all)
 TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
 SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 1.5, "quick": 0.05}
 # How many cases there will be is known only when they are made.

@@ -88,6 +88,15 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "-> (Tensor grad_input, Tensor grad_gate_up_weight, Tensor grad_down_weight, Tensor grad_topk_weights, "
       "Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 
+  // ---- lora: low-rank adapters as experts; r = rank
+  m.def(
+      "low_rank_experts(Tensor input, Tensor lora_a, Tensor lora_b, Tensor topk_ids, Tensor topk_weights) "
+      "-> (Tensor output, Tensor projection)");
+  m.def(
+      "low_rank_experts_backward(Tensor grad_output, Tensor input, Tensor lora_a, Tensor lora_b, "
+      "Tensor topk_ids, Tensor topk_weights, Tensor projection, Tensor expert_offsets, Tensor permuted_to_slot) "
+      "-> (Tensor grad_input, Tensor grad_lora_a, Tensor grad_lora_b, Tensor grad_topk_weights)");
+
   // ---- all_to_all: what stands around torch.distributed.all_to_all_single; R ranks, L = min(K, R)
   m.def(
       "a2a_plan(Tensor topk_ids, Tensor rank_expert_offsets) "

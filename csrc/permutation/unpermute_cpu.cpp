@@ -5,22 +5,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/cpu_parallel.h"
-#include "../common/host_device.h"
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
+#include "../common/weighted_rows.h"
 
 namespace moe_ext::cpu {
 namespace {
-
-// Columns at a time: a buffer that stays in L1.
-constexpr int64_t kColumnBlock = 256;
-
-template <typename scalar_t>
-struct WeightedRow {
-  const scalar_t* row;
-  accumulate_t<scalar_t> weight;
-};
 
 // The rows that a token sums, in slot order; how many there are.
 template <typename scalar_t>
@@ -33,42 +23,6 @@ int64_t rows_of_token(const scalar_t* input, const int32_t* slot_to_permuted, co
     rows[count++] = {input + row * width, weights ? weights[slot] : accumulate_t<scalar_t>(1)};
   }
   return count;
-}
-
-// sums += weight * row, of four rows at once or of one. Plain loops over columns: they vectorise, conversions included.
-template <typename scalar_t, typename acc_t>
-MOE_HOST_DEVICE_INLINE void add_four(const WeightedRow<scalar_t>* rows, int64_t first, int64_t columns, acc_t* sums) {
-  const scalar_t *a = rows[0].row + first, *b = rows[1].row + first;
-  const scalar_t *c = rows[2].row + first, *d = rows[3].row + first;
-  const acc_t of_a = rows[0].weight, of_b = rows[1].weight, of_c = rows[2].weight, of_d = rows[3].weight;
-  for (int64_t i = 0; i < columns; ++i) {
-    acc_t sum = sums[i] + of_a * static_cast<acc_t>(a[i]);
-    sum += of_b * static_cast<acc_t>(b[i]);
-    sum += of_c * static_cast<acc_t>(c[i]);
-    sums[i] = sum + of_d * static_cast<acc_t>(d[i]);
-  }
-}
-
-template <typename scalar_t, typename acc_t>
-MOE_HOST_DEVICE_INLINE void add_one(const WeightedRow<scalar_t>& row, int64_t first, int64_t columns, acc_t* sums) {
-  const scalar_t* a = row.row + first;
-  const acc_t of_a = row.weight;
-  for (int64_t i = 0; i < columns; ++i) sums[i] += of_a * static_cast<acc_t>(a[i]);
-}
-
-// output [width] = the weighted sum of the rows, added in their order.
-template <typename scalar_t>
-MOE_CPU_CLONES void sum_rows(const WeightedRow<scalar_t>* rows, int64_t count, int64_t width, scalar_t* output) {
-  using acc_t = accumulate_t<scalar_t>;
-  acc_t sums[kColumnBlock];
-  for (int64_t first = 0; first < width; first += kColumnBlock) {
-    const int64_t columns = std::min(kColumnBlock, width - first);
-    for (int64_t i = 0; i < columns; ++i) sums[i] = 0;
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) add_four(rows + j, first, columns, sums);
-    for (; j < count; ++j) add_one(rows[j], first, columns, sums);
-    for (int64_t i = 0; i < columns; ++i) output[first + i] = static_cast<scalar_t>(sums[i]);
-  }
 }
 
 template <typename scalar_t>

@@ -11,6 +11,7 @@ from moe_ext.ops.all_to_all import (
 from moe_ext.ops.experts import expert_activation, moe_mlp
 from moe_ext.ops.gating import expert_choice_gating, router_losses, topk_gating
 from moe_ext.ops.grouped_gemm import grouped_bias_grad, grouped_gemm, grouped_gemm_wgrad
+from moe_ext.ops.lora import low_rank_experts
 from moe_ext.ops.permutation import permute, unpermute
 from moe_ext.ops.plan import routing_plan
 from moe_ext.plan_types import A2APlan, RoutingPlan
@@ -31,6 +32,7 @@ __all__ = [
     "grouped_bias_grad",
     "grouped_gemm",
     "grouped_gemm_wgrad",
+    "low_rank_experts",
     "moe_mlp",
     "permute",
     "router_losses",

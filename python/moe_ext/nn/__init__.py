@@ -9,6 +9,7 @@ from moe_ext.nn.experts import (
     ZeroComputationExperts,
 )
 from moe_ext.nn.layer import LayerStatistics, MoE, MoELayer, MoEOutput, SharedExpert
+from moe_ext.nn.lora import LoRAExperts, LoRALinear, LoRAMLPExperts, RankOneExperts
 from moe_ext.nn.losses import cv_squared, dense_weights, expert_importance, smooth_load, update_selection_bias
 from moe_ext.nn.multi_gate import GateMaps, MultiGatePlan, multi_gate_combine, multi_gate_mixture, multi_gate_plan
 from moe_ext.nn.noise import NoisyRouting, NoisyTopKRouter, gaussian_noise, gumbel_noise, input_jitter, straight_through
@@ -25,6 +26,9 @@ __all__ = [
     "InPlaceOfMLP",
     "LayerStatistics",
     "LinearExperts",
+    "LoRAExperts",
+    "LoRALinear",
+    "LoRAMLPExperts",
     "MoE",
     "MoELayer",
     "MoEOutput",
@@ -33,6 +37,7 @@ __all__ = [
     "NoisyRouting",
     "NoisyTopKRouter",
     "ProjectedExperts",
+    "RankOneExperts",
     "Router",
     "Routing",
     "SharedExpert",

@@ -30,31 +30,43 @@ from moe_ext.recipes.ewa import EWA
 from moe_ext.recipes.factor_llm import FactorLLM
 from moe_ext.recipes.feamoe import FEAMOE
 from moe_ext.recipes.fsmoe import FSMoE
+from moe_ext.recipes.glider import GLIDER
+from moe_ext.recipes.llava_mole import LLaVAMoLE
+from moe_ext.recipes.loramoe import LoRAMoE, LoRAMoEOutput, loramoe_loss
 from moe_ext.recipes.mc_moe import allocate_bits, compress_experts, compression_costs, prune_routing
 from moe_ext.recipes.mdcs import MDCS
 from moe_ext.recipes.mentor import MENTOR, mentor_loss
+from moe_ext.recipes.mixlora import MixLoRA
 from moe_ext.recipes.moe_fusion import MoEFusion, MoEVRD
 from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
 from moe_ext.recipes.moextend import MoExtend, layers_to_extend
 from moe_ext.recipes.moirai_moe import MoiraiMoE
+from moe_ext.recipes.mola import MoLA, apply_mola, experts_per_layer
 from moe_ext.recipes.mote import activation_difference, suppress_experts
 from moe_ext.recipes.mousi import MouSiFusion
+from moe_ext.recipes.phatgoose import PHATGOOSE, PHATGOOSEGate
+from moe_ext.recipes.pill import PILLAdapters, PILLValueGate
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
+from moe_ext.recipes.rocket import Rocket, select_experts
 from moe_ext.recipes.scmoe import self_contrast, weak_routing
+from moe_ext.recipes.smora import SMoRA
 from moe_ext.recipes.sparsely_gated_moe import SparselyGatedMoE
 from moe_ext.recipes.switch_dit import SwitchDiTBlock
 from moe_ext.recipes.switch_transformer import SwitchTransformer
 from moe_ext.recipes.tame import TAME
 from moe_ext.recipes.task_expert import TaskExpert
 from moe_ext.recipes.task_level_moe import TaskLevelMoE
+from moe_ext.recipes.twin_merging import TwinMerging
 
 __all__ = [
     "BAM",
     "EWA",
     "FEAMOE",
+    "GLIDER",
     "MDCS",
     "MENTOR",
+    "PHATGOOSE",
     "PMOE",
     "TAME",
     "AWMoE",
@@ -67,29 +79,44 @@ __all__ = [
     "EMoE",
     "FSMoE",
     "FactorLLM",
+    "LLaVAMoLE",
+    "LoRAMoE",
+    "LoRAMoEOutput",
+    "MixLoRA",
     "MoEFusion",
     "MoEPlusPlus",
     "MoEVRD",
     "MoExtend",
+    "MoLA",
     "MoiraiMoE",
     "MouSiFusion",
+    "PHATGOOSEGate",
+    "PILLAdapters",
+    "PILLValueGate",
     "PostMoE",
+    "Rocket",
+    "SMoRA",
     "SparselyGatedMoE",
     "SwitchDiTBlock",
     "SwitchTransformer",
     "TaskExpert",
     "TaskLevelMoE",
+    "TwinMerging",
     "activation_difference",
     "allocate_bits",
+    "apply_mola",
     "btm_average",
     "btm_ensemble",
     "btm_log_prior",
     "btm_posterior",
     "compress_experts",
     "compression_costs",
+    "experts_per_layer",
     "layers_to_extend",
+    "loramoe_loss",
     "mentor_loss",
     "prune_routing",
+    "select_experts",
     "self_contrast",
     "suppress_experts",
     "upcycle_clip",

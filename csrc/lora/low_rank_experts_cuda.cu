@@ -1,0 +1,342 @@
+// Low-rank experts on CUDA. Sums run in a fixed order, in fp32: deterministic, no atomics.
+//
+// token_kernel: projection and output; the backward runs it on (grad_output, up, down).
+//   Mapping: one block of kTokenThreads per token. A thread reads its 16-byte vectors of x once for kRowsAtOnce rows of
+//     `down`; the partial dot products are reduced by shuffles, then over the warps in shared memory, where the token's
+//     components stay for the second half: each thread sums its vectors of the chosen rows of `up`, kRowsAtOnce in
+//     flight.
+//   Traffic: T * (H + O) elements of device memory and, once for all tokens, the weights; T * K * r * (H + O) elements
+//     of L2. Bound: L2.
+// weight_grad_kernel: the gradient of the router weights from both projections, one thread per slot.
+// expert_kernel: the gradient of `down` (or `up`) from rows of a plan.
+//   Mapping: one block of kExpertWarps per expert, kComponents ranks and 32 vectors of columns. A warp takes every
+//     kExpertWarps-th batch of 32 plan rows, its lanes hold their slots and factors, kRowsAtOnce rows are in flight;
+//     the warps' sums are added in order.
+//   Traffic: T * K * H elements per kComponents ranks, from L2 where x fits. Bound: L2.
+#include "low_rank_experts.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "../common/block_select.h"
+#include "../common/row_access.h"
+
+namespace moe_ext::cuda {
+namespace {
+
+constexpr int kTokenThreads = 128;
+constexpr int kTokenWarps = kTokenThreads / kWarpSize;
+constexpr int kRowsAtOnce = 4;
+constexpr int kExpertWarps = 8;
+
+template <typename index_t>
+struct Chosen {
+  const index_t* ids;
+  const float* weights;
+  int64_t num_experts, rank, topk;
+
+  // The row of weights that component q of a token stands for, -1 for an id outside [0, num_experts).
+  __device__ int64_t row(int64_t token, int64_t q) const {
+    const int64_t id = ids[token * topk + q / rank];
+    return id >= 0 && id < num_experts ? id * rank + q % rank : -1;
+  }
+};
+
+// rows[r][column] as one vector each, zeros for r past `count` and for a negative row.
+template <typename Packed>
+__device__ void load_chosen(const Packed* weight, const int64_t (&row)[kRowsAtOnce], int64_t row_vectors,
+                            int64_t column, Packed (&values)[kRowsAtOnce]) {
+#pragma unroll
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    values[r] = Packed{};
+    if (row[r] >= 0) values[r] = weight[row[r] * row_vectors + column];
+  }
+}
+
+template <typename scalar_t, int in_width, int out_width, typename index_t>
+__global__ void __launch_bounds__(kTokenThreads)
+    token_kernel(const scalar_t* __restrict__ input, const scalar_t* __restrict__ down, const scalar_t* __restrict__ up,
+                 Chosen<index_t> chosen, float* __restrict__ projection, scalar_t* __restrict__ output,
+                 int64_t num_tokens, int64_t in_vectors, int64_t out_vectors) {
+  using In = Vector<scalar_t, in_width>;
+  using Out = Vector<scalar_t, out_width>;
+  MOE_DYNAMIC_SHARED(float, factors);  // [components]: first the dot products, then those times the weights
+  __shared__ float partial[kTokenWarps][kRowsAtOnce];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t components = chosen.topk * chosen.rank;
+  for (int64_t token = blockIdx.x; token < num_tokens; token += gridDim.x) {
+    const auto* x = reinterpret_cast<const In*>(input) + token * in_vectors;
+    for (int64_t q = 0; q < components; q += kRowsAtOnce) {
+      int64_t row[kRowsAtOnce];
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) row[r] = q + r < components ? chosen.row(token, q + r) : -1;
+      float sums[kRowsAtOnce] = {};
+      for (int64_t column = threadIdx.x; column < in_vectors; column += kTokenThreads) {
+        const In mine = x[column];
+        In values[kRowsAtOnce];
+        load_chosen(reinterpret_cast<const In*>(down), row, in_vectors, column, values);
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+          for (int i = 0; i < in_width; ++i) {
+            sums[r] += static_cast<float>(mine.values[i]) * static_cast<float>(values[r].values[i]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+        for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+          sums[r] += __shfl_xor_sync(kFullMask, sums[r], offset);
+        }
+        if (lane == 0) partial[warp][r] = sums[r];
+      }
+      __syncthreads();
+      if (threadIdx.x < kRowsAtOnce && q + threadIdx.x < components) {
+        float dot = 0.f;
+#pragma unroll
+        for (int w = 0; w < kTokenWarps; ++w) dot += partial[w][threadIdx.x];
+        const int64_t component = q + threadIdx.x;
+        const bool held = chosen.row(token, component) >= 0;
+        projection[token * components + component] = held ? dot : 0.f;
+        factors[component] = held ? dot * chosen.weights[token * chosen.topk + component / chosen.rank] : 0.f;
+      }
+      __syncthreads();
+    }
+    auto* destination = reinterpret_cast<Out*>(output) + token * out_vectors;
+    for (int64_t column = threadIdx.x; column < out_vectors; column += kTokenThreads) {
+      float sums[out_width] = {};
+      for (int64_t q = 0; q < components; q += kRowsAtOnce) {
+        int64_t row[kRowsAtOnce];
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) row[r] = q + r < components ? chosen.row(token, q + r) : -1;
+        Out values[kRowsAtOnce];
+        load_chosen(reinterpret_cast<const Out*>(up), row, out_vectors, column, values);
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          const float factor = row[r] >= 0 ? factors[q + r] : 0.f;
+#pragma unroll
+          for (int i = 0; i < out_width; ++i) sums[i] += factor * static_cast<float>(values[r].values[i]);
+        }
+      }
+      Out rounded;
+#pragma unroll
+      for (int i = 0; i < out_width; ++i) rounded.values[i] = static_cast<scalar_t>(sums[i]);
+      destination[column] = rounded;
+    }
+    __syncthreads();  // factors are read until here
+  }
+}
+
+__global__ void weight_grad_kernel(const float* __restrict__ forth, const float* __restrict__ back,
+                                   float* __restrict__ grad_weights, int64_t num_slots, int64_t rank) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t slot = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; slot < num_slots; slot += stride) {
+    float sum = 0.f;
+    for (int64_t q = slot * rank; q < (slot + 1) * rank; ++q) sum += forth[q] * back[q];
+    grad_weights[slot] = sum;
+  }
+}
+
+struct PlanRows {
+  const int32_t* expert_offsets;
+  const int32_t* permuted_to_slot;
+  int64_t num_rows, num_slots, topk, rank;
+};
+
+template <int components, typename scalar_t, int width>
+__global__ void __launch_bounds__(kExpertWarps* kWarpSize)
+    expert_kernel(const scalar_t* __restrict__ rows, const float* __restrict__ weights,
+                  const float* __restrict__ factors, PlanRows plan, scalar_t* __restrict__ grad_weight,
+                  int64_t row_vectors, int64_t component_groups) {
+  using Packed = Vector<scalar_t, width>;
+  __shared__ float partial[kExpertWarps][kWarpSize * width];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t expert = blockIdx.x / component_groups, first_rank = blockIdx.x % component_groups * components;
+  const int64_t begin =
+      min(max(static_cast<int64_t>(plan.expert_offsets[expert]), static_cast<int64_t>(0)), plan.num_rows);
+  const int64_t end = min(static_cast<int64_t>(plan.expert_offsets[expert + 1]), plan.num_rows);
+  for (int64_t segment = blockIdx.y; segment * kWarpSize < row_vectors; segment += gridDim.y) {
+    const int64_t column = segment * kWarpSize + lane;
+    float sums[components][width] = {};
+    for (int64_t batch = begin + warp * kWarpSize; batch < end; batch += kExpertWarps * kWarpSize) {
+      int32_t lane_token = -1;
+      float lane_factor[components] = {};
+      if (batch + lane < end) {
+        const int64_t slot = plan.permuted_to_slot[batch + lane];
+        if (slot >= 0 && slot < plan.num_slots) {
+          lane_token = static_cast<int32_t>(slot / plan.topk);
+#pragma unroll
+          for (int i = 0; i < components; ++i) {
+            if (first_rank + i < plan.rank) {
+              lane_factor[i] = weights[slot] * factors[slot * plan.rank + first_rank + i];
+            }
+          }
+        }
+      }
+      const int in_batch = static_cast<int>(min(end - batch, static_cast<int64_t>(kWarpSize)));
+      for (int first = 0; first < in_batch; first += kRowsAtOnce) {
+        Packed values[kRowsAtOnce];
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          const int32_t token = __shfl_sync(kFullMask, lane_token, first + r);
+          values[r] = Packed{};
+          if (token >= 0 && column < row_vectors) {
+            values[r] = reinterpret_cast<const Packed*>(rows)[token * row_vectors + column];
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+          for (int i = 0; i < components; ++i) {
+            const float factor = __shfl_sync(kFullMask, lane_factor[i], first + r);
+#pragma unroll
+            for (int v = 0; v < width; ++v) sums[i][v] += factor * static_cast<float>(values[r].values[v]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < components; ++i) {
+      __syncthreads();  // partial may still be read
+#pragma unroll
+      for (int v = 0; v < width; ++v) partial[warp][v * kWarpSize + lane] = sums[i][v];
+      __syncthreads();
+      if (warp != 0 || column >= row_vectors || first_rank + i >= plan.rank) continue;
+      Packed rounded;
+#pragma unroll
+      for (int v = 0; v < width; ++v) {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < kExpertWarps; ++w) sum += partial[w][v * kWarpSize + lane];
+        rounded.values[v] = static_cast<scalar_t>(sum);
+      }
+      const int64_t row = expert * plan.rank + first_rank + i;
+      reinterpret_cast<Packed*>(grad_weight)[row * row_vectors + column] = rounded;
+    }
+  }
+}
+
+// body(std::integral_constant<int, width>) with the widest vector that rows of this length and these pointers allow.
+template <typename scalar_t, typename Body>
+void with_width(int64_t row_length, std::initializer_list<const void*> pointers, const Body& body) {
+  if (rows_are_vectorizable<scalar_t>(row_length, pointers)) {
+    body(std::integral_constant<int, full_width<scalar_t>()>{});
+  } else {
+    body(std::integral_constant<int, 1>{});
+  }
+}
+
+// All tensors contiguous.
+template <typename scalar_t>
+void launch_tokens(const LowRankShape& shape, const Tensor& input, const Tensor& down, const Tensor& up,
+                   const Tensor& ids, const Tensor& weights, const Tensor& projection, const Tensor& output) {
+  if (shape.num_tokens == 0) return;
+  const auto* x = input.const_data_ptr<scalar_t>();
+  const auto* from = down.const_data_ptr<scalar_t>();
+  const auto* to = up.const_data_ptr<scalar_t>();
+  auto* sums = output.mutable_data_ptr<scalar_t>();
+  const size_t shared_bytes = shape.components() * sizeof(float);
+  dispatch_index(ids.scalar_type(), "topk_ids", [&](auto index_tag) {
+    using index_t = typename decltype(index_tag)::type;
+    const Chosen<index_t> chosen = {ids.const_data_ptr<index_t>(), weights.const_data_ptr<float>(), shape.num_experts,
+                                    shape.rank, shape.topk};
+    with_width<scalar_t>(shape.in_features, {x, from}, [&](auto in_width) {
+      with_width<scalar_t>(shape.out_features, {to, sums}, [&](auto out_width) {
+        const auto blocks = static_cast<unsigned>(std::min(shape.num_tokens, kMaxBlocks));
+        launch_kernel(token_kernel<scalar_t, in_width.value, out_width.value, index_t>, dim3(blocks), kTokenThreads,
+                      shared_bytes, current_stream(input), x, from, to, chosen, projection.mutable_data_ptr<float>(),
+                      sums, shape.num_tokens, shape.in_features / in_width.value, shape.out_features / out_width.value);
+      });
+    });
+  });
+}
+
+template <typename scalar_t>
+void launch_experts(const LowRankShape& shape, const Tensor& rows, const Tensor& weights, const Tensor& factors,
+                    const Tensor& offsets, const Tensor& slots, const Tensor& grad_weight) {
+  const int64_t row_length = rows.size(1);
+  if (row_length == 0) return;
+  const PlanRows plan = {offsets.const_data_ptr<int32_t>(),
+                         slots.const_data_ptr<int32_t>(),
+                         slots.numel(),
+                         shape.num_tokens * shape.topk,
+                         shape.topk,
+                         shape.rank};
+  const auto* source = rows.const_data_ptr<scalar_t>();
+  auto* sums = grad_weight.mutable_data_ptr<scalar_t>();
+  const auto launch = [&](auto components, auto width) {
+    const int64_t groups = ceil_div(shape.rank, components.value), row_vectors = row_length / width.value;
+    const dim3 grid(static_cast<unsigned>(shape.num_experts * groups),
+                    static_cast<unsigned>(std::min<int64_t>(ceil_div(row_vectors, kWarpSize), 65535)));
+    launch_kernel(expert_kernel<components.value, scalar_t, width.value>, grid, kExpertWarps * kWarpSize, 0,
+                  current_stream(rows), source, weights.const_data_ptr<float>(), factors.const_data_ptr<float>(), plan,
+                  sums, row_vectors, groups);
+  };
+  with_width<scalar_t>(row_length, {source, sums}, [&](auto width) {
+    if (shape.rank == 1) {
+      launch(std::integral_constant<int, 1>{}, width);
+    } else {
+      launch(std::integral_constant<int, 4>{}, width);
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> low_rank_experts(const Tensor& input, const Tensor& lora_a, const Tensor& lora_b,
+                                            const Tensor& topk_ids, const Tensor& topk_weights) {
+  const LowRankShape shape = check_low_rank_experts(input, lora_a, lora_b, topk_ids, topk_weights);
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor rows = torch::stable::contiguous(input), ids = torch::stable::contiguous(topk_ids);
+  const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
+  const Tensor weights = torch::stable::contiguous(topk_weights);
+  const Tensor output = torch::stable::new_empty(input, {shape.num_tokens, shape.out_features});
+  const Tensor projection = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
+  dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    launch_tokens<scalar_t>(shape, rows, down, up, ids, weights, projection, output);
+  });
+  return {output, projection};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(const Tensor& grad_output, const Tensor& input,
+                                                                     const Tensor& lora_a, const Tensor& lora_b,
+                                                                     const Tensor& topk_ids, const Tensor& topk_weights,
+                                                                     const Tensor& projection,
+                                                                     const Tensor& expert_offsets,
+                                                                     const Tensor& permuted_to_slot) {
+  const LowRankShape shape = check_low_rank_experts_backward(grad_output, input, lora_a, lora_b, topk_ids, topk_weights,
+                                                             projection, expert_offsets, permuted_to_slot);
+  const DeviceGuard guard(input.get_device_index());
+  const Tensor gradient = torch::stable::contiguous(grad_output), rows = torch::stable::contiguous(input);
+  const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
+  const Tensor ids = torch::stable::contiguous(topk_ids), weights = torch::stable::contiguous(topk_weights);
+  const Tensor forth = torch::stable::contiguous(projection);
+  const Tensor offsets = torch::stable::contiguous(expert_offsets);
+  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor grad_input = torch::stable::new_empty(input, {shape.num_tokens, shape.in_features});
+  const Tensor grad_down = torch::stable::new_empty(input, {shape.num_experts, shape.rank, shape.in_features});
+  const Tensor grad_up = torch::stable::new_empty(input, {shape.num_experts, shape.rank, shape.out_features});
+  const Tensor grad_weights = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.topk});
+  const Tensor back = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
+  dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    launch_tokens<scalar_t>(shape.transposed(), gradient, up, down, ids, weights, back, grad_input);
+    launch_experts<scalar_t>(shape, rows, weights, back, offsets, slots, grad_down);
+    launch_experts<scalar_t>(shape, gradient, weights, forth, offsets, slots, grad_up);
+  });
+  if (const int64_t num_slots = shape.num_tokens * shape.topk; num_slots > 0) {
+    constexpr int kThreads = 256;
+    const auto blocks = static_cast<unsigned>(std::min(ceil_div(num_slots, kThreads), kMaxBlocks));
+    launch_kernel(weight_grad_kernel, dim3(blocks), kThreads, 0, current_stream(input), forth.const_data_ptr<float>(),
+                  back.const_data_ptr<float>(), grad_weights.mutable_data_ptr<float>(), num_slots, shape.rank);
+  }
+  return {grad_input, grad_down, grad_up, grad_weights};
+}
+
+}  // namespace moe_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(moe_ext, MOE_CUDA_DISPATCH_KEY, m) {
+  m.impl("low_rank_experts", TORCH_BOX(&moe_ext::cuda::low_rank_experts));
+  m.impl("low_rank_experts_backward", TORCH_BOX(&moe_ext::cuda::low_rank_experts_backward));
+}

@@ -1,0 +1,1 @@
+from test_lora import *  # noqa: F403
