@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "-> (Tensor output, Tensor pre_activation)");
   m.def(
       "grouped_gemm_wgrad(Tensor input, Tensor grad_output, Tensor expert_offsets, str weight_layout, "
-      "Tensor? permuted_to_slot, Tensor? slot_to_permuted, int topk, ScalarType? out_dtype) -> Tensor");
+      "Tensor? permuted_to_slot, Tensor? slot_to_permuted, int topk, ScalarType? out_dtype, "
+      "Tensor? trainable_experts) -> Tensor");
   m.def("grouped_bias_grad(Tensor grad_output, Tensor expert_offsets, ScalarType? out_dtype) -> Tensor");
 
   // ---- experts: activations, and the whole expert MLP as one op
@@ -76,12 +77,14 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "moe_mlp(Tensor input, Tensor gate_up_weight, Tensor down_weight, Tensor expert_offsets, "
       "Tensor permuted_to_slot, Tensor slot_to_permuted, Tensor? topk_weights, Tensor? gate_up_bias, "
       "Tensor? down_bias, int topk, str weight_layout, str activation, str gate_up_layout, float activation_alpha, "
-      "float activation_limit, bool save_pre_activation) -> (Tensor output, Tensor pre_activation)");
+      "float activation_limit, bool save_pre_activation, Tensor? trainable_experts) "
+      "-> (Tensor output, Tensor pre_activation)");
   m.def(
       "moe_mlp_backward(Tensor grad_output, Tensor input, Tensor gate_up_weight, Tensor down_weight, "
       "Tensor expert_offsets, Tensor permuted_to_slot, Tensor slot_to_permuted, Tensor? topk_weights, "
       "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre_activation, int topk, str weight_layout, str activation, "
-      "str gate_up_layout, float activation_alpha, float activation_limit) "
+      "str gate_up_layout, float activation_alpha, float activation_limit, bool[] output_mask, Tensor? "
+      "trainable_experts) "
       "-> (Tensor grad_input, Tensor grad_gate_up_weight, Tensor grad_down_weight, Tensor grad_topk_weights, "
       "Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 

@@ -7,7 +7,7 @@ import torch
 from cases import make_rows
 from compare import relative_error
 from moe_ext.nn import MoELayer, SteeredRouter
-from moe_ext.recipes import activation_difference, suppress
+from moe_ext.recipes import activation_difference, suppress_experts
 
 PLANTED = (1, 5)
 
@@ -41,7 +41,7 @@ def test_the_planted_expert_is_found_switched_off_and_forced():
 
     before = [layer(marked).hidden for layer in layers]
     routers = [layer.router for layer in layers]
-    assert suppress(routers, difference, 1) == [PLANTED]
+    assert suppress_experts(routers, difference, 1) == [PLANTED]
     rows = []
     hook = layers[1].experts.register_forward_hook(lambda m, args, output: rows.append(args[1].tokens_per_expert))
     after = [layer(marked).hidden for layer in layers]
@@ -50,11 +50,11 @@ def test_the_planted_expert_is_found_switched_off_and_forced():
     assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
     assert relative_error(after[1], before[1]) > 0.1
 
-    suppress(routers, difference, 1, force=True)
+    suppress_experts(routers, difference, 1, force=True)
     layers[1](plain)
     assert layers[1].statistics.tokens_per_expert[5] == 512 == rows[1][5]
     hook.remove()
-    suppress(routers, difference, 0)
+    suppress_experts(routers, difference, 0)
     assert torch.equal(layers[1](marked).hidden, before[1])
 
 

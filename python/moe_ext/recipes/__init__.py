@@ -33,6 +33,7 @@ from moe_ext.recipes.fsmoe import FSMoE
 from moe_ext.recipes.glider import GLIDER
 from moe_ext.recipes.llava_mole import LLaVAMoLE
 from moe_ext.recipes.loramoe import LoRAMoE, LoRAMoEOutput, loramoe_loss
+from moe_ext.recipes.mc_moe import allocate_bits, compress_experts, compression_costs, prune_routing
 from moe_ext.recipes.mdcs import MDCS
 from moe_ext.recipes.mentor import MENTOR, mentor_loss
 from moe_ext.recipes.mixlora import MixLoRA
@@ -41,7 +42,7 @@ from moe_ext.recipes.moe_plus_plus import MoEPlusPlus
 from moe_ext.recipes.moextend import MoExtend, layers_to_extend
 from moe_ext.recipes.moirai_moe import MoiraiMoE
 from moe_ext.recipes.mola import MoLA, apply_mola, experts_per_layer
-from moe_ext.recipes.mote import activation_difference, suppress
+from moe_ext.recipes.mote import activation_difference, suppress_experts
 from moe_ext.recipes.mousi import MouSiFusion
 from moe_ext.recipes.phatgoose import PHATGOOSE, PHATGOOSEGate
 from moe_ext.recipes.pill import PILLAdapters, PILLValueGate
@@ -102,18 +103,22 @@ __all__ = [
     "TaskLevelMoE",
     "TwinMerging",
     "activation_difference",
+    "allocate_bits",
     "apply_mola",
     "btm_average",
     "btm_ensemble",
     "btm_log_prior",
     "btm_posterior",
+    "compress_experts",
+    "compression_costs",
     "experts_per_layer",
     "layers_to_extend",
     "loramoe_loss",
     "mentor_loss",
+    "prune_routing",
     "select_experts",
     "self_contrast",
-    "suppress",
+    "suppress_experts",
     "upcycle_clip",
     "weak_routing",
 ]

@@ -29,7 +29,7 @@ def activation_difference(counts: Tensor, other_counts: Tensor) -> Tensor:
     return first - second
 
 
-def suppress(
+def suppress_experts(
     routers: Sequence[SteeredRouter], difference: Tensor, count: int, *, force: bool = False
 ) -> list[tuple[int, int]]:
     """Switch the ``count`` experts of highest difference off, or force them on.
