@@ -73,7 +73,9 @@ class LoRAExperts(BackendModule):
     def forward(self, hidden: Tensor, plan: RoutingPlan, topk_weights: Tensor | None = None) -> Tensor:
         """hidden [num_tokens, in_features] -> [num_tokens, out_features], experts summed with the weights.
 
-        Two grouped products; the rows of ``hidden`` are read where they lie.
+        Two grouped products; the rows of ``hidden`` are read where they lie. Where ``num_experts * rank`` is small (64,
+        say) :meth:`soft` with weights that are mostly zero (:func:`moe_ext.nn.dense_weights`) multiplies more and can
+        still be faster.
         """
         maps = (plan.permuted_to_slot, plan.slot_to_permuted, plan.topk_of(hidden.shape[0], topk_weights))
         low = self.ops.grouped_gemm(hidden, self.lora_a, plan.expert_offsets, weight_layout="enk", gather=maps)

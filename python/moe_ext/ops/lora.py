@@ -17,11 +17,13 @@ NOT_DIFFERENTIABLE = ("moe_ext::low_rank_experts_backward",)
 
 
 def low_rank_experts(input: Tensor, lora_a: Tensor, lora_b: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Sum each token's low-rank experts: ``sum_j w[t, j] * up[e].T @ (down[e] @ input[t])``, ``e = topk_ids[t, j]``.
+    """Sum low-rank experts: ``sum_j w[t, j] * lora_b[e].T @ lora_a[e] @ input[t]``, ``e = topk_ids[t, j]``.
 
     At rank 1 an expert is one rank of an adapter, ``B diag(g) A x`` with a sparse g: rank-wise experts (SMoRA, arXiv
     2501.15103). Only the chosen rows of the weights are read, and nothing of size [num_tokens * topk, features] is
-    made. Under ``torch.autocast`` input and weights are cast to autocast's dtype, and so is the result.
+    made. For few ranks per expert: from about 8 on the grouped products of :class:`moe_ext.nn.LoRAExperts` are faster
+    on the CPU, unless tokens are few. Under ``torch.autocast`` input and weights are cast to autocast's dtype, and so
+    is the result.
 
     Args:
         input: [num_tokens, in_features], float32, bfloat16 or float16 (float64 on the CPU).
