@@ -1,0 +1,29 @@
+"""Expert parallelism over torch.distributed."""
+
+from moe_ext.distributed.dispatch import (
+    DispatchOptions,
+    Received,
+    combine,
+    dispatch,
+    start_combine,
+    start_dispatch,
+)
+from moe_ext.distributed.exchange import Exchange, ExchangeError, FlatExchange, HierarchicalExchange
+from moe_ext.distributed.expert_map import ExpertMap
+from moe_ext.distributed.expert_parallel import ExpertParallelOutput, expert_parallel
+
+__all__ = [
+    "DispatchOptions",
+    "Exchange",
+    "ExchangeError",
+    "ExpertMap",
+    "ExpertParallelOutput",
+    "FlatExchange",
+    "HierarchicalExchange",
+    "Received",
+    "combine",
+    "dispatch",
+    "expert_parallel",
+    "start_combine",
+    "start_dispatch",
+]
