@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,13 +21,6 @@ from rank_pool import RankPool
 from virtual_ranks import Board, VirtualExchange, run_virtual_ranks
 
 pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture(scope="session")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
 
 
 def assert_equals_dense(shares: list[Share], case: WorldCase, tolerance: float = 1e-12) -> None:

@@ -184,23 +184,36 @@ class ExpertParallelMoE(nn.Module):
     @torch.no_grad()
     def load_experts(self, whole: dict[str, Tensor]) -> None:
         """Take this rank's experts from the parameters of :class:`moe_ext.nn.Experts` for all of them, by name."""
-        for name, parameter in self.experts.named_parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for name, local in self._local_parameters().items():
             for place, logical in enumerate(self.local_experts):
                 local[place].copy_(self._share_of(name, whole[name][logical]))
 
     def expert_state_dict(self, prefix: str = "experts") -> dict[str, Tensor]:
         """One entry for every expert on this rank, by its logical id: ``{prefix}.{id}.gate_up_weight`` and so on.
 
-        The tensors are views of the parameters. Saved by torch.distributed.checkpoint, they load on any number of ranks
-        with any expert map, in place. Not with ``tensor_parallel``.
+        The tensors are views of the parameters, of the first copy where this rank holds several. Saved by
+        torch.distributed.checkpoint they load on any number of ranks with any expert map: load into this dict, then
+        call :meth:`load_expert_state_dict` with it. Not with ``tensor_parallel``.
         """
         if self.tensor_parallel > 1:
             raise ValueError("expert_state_dict: an expert is whole on no rank with tensor_parallel > 1")
         return {
-            f"{prefix}.{logical}.{name}": (p.to_local() if isinstance(p, DTensor) else p).detach()[place]
+            f"{prefix}.{logical}.{name}": local[self.local_experts.index(logical)]
+            for name, local in self._local_parameters().items()
+            for logical in self.local_experts
+        }
+
+    @torch.no_grad()
+    def load_expert_state_dict(self, state: dict[str, Tensor], prefix: str = "experts") -> None:
+        """Take what :meth:`expert_state_dict` names into all copies on this rank."""
+        for name, local in self._local_parameters().items():
+            for place, logical in enumerate(self.local_experts):
+                local[place].copy_(state[f"{prefix}.{logical}.{name}"])
+
+    def _local_parameters(self) -> dict[str, Tensor]:
+        return {
+            name: (p.to_local() if isinstance(p, DTensor) else p).detach()
             for name, p in self.experts.named_parameters()
-            for place, logical in enumerate(self.local_experts)
         }
 
     def distribute_experts(self, mesh: DeviceMesh) -> None:
