@@ -25,6 +25,7 @@ TABLES = {
     "D": "Decode",
     "scaling": "One layer against tokens, experts, threads",
     "memory": "Peak memory above inputs and weights",
+    "zero": "Zero-computation experts",
 }
 COLUMNS = ("op", "shape", "dtype", "routing", "direction", "moe_ext", "best peer", "speedup", "ceiling")
 MEMORY_COLUMNS = (*COLUMNS[:-2], "times as much", "of it gradients")

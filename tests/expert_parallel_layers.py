@@ -51,7 +51,7 @@ def run_layer(group: Any, configuration: dict[str, Any], arguments: dict[str, An
     return {
         "output": output.detach(),
         "hidden": hidden.grad,
-        "router": layer.router.weight.grad,
+        "router": layer.router.logits.weight.grad,
         "experts": {name: p.grad for name, p in layer.experts.named_parameters()},
         "local": layer.local_experts,
         "dropped": int(layer.statistics.dropped_rows),

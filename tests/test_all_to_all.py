@@ -322,8 +322,8 @@ def test_opcheck(device):
     torch.library.opcheck(ops.a2a_pack_backward.default, (*grads, ids, offsets, *maps))
 
 
-def bad(device: str, **changes):
-    """A good set of a2a_pack arguments, some of them replaced."""
+def bad(device: str, pack=moe_ext.a2a_pack, **changes):
+    """A good set of arguments of a2a_pack, or of a2a_pack_rows, some of them replaced."""
     ids, offsets = make_world((6, 8, 3, [0, 3, 8]), "uniform", device)
     arguments = {
         "hidden": make_rows(6, 8, dtype=torch.float32, device=device),
@@ -331,19 +331,7 @@ def bad(device: str, **changes):
         "topk_weights": make_topk_weights(6, 3, device),
         "plan": moe_ext.a2a_plan(ids, offsets),
     }
-    return moe_ext.a2a_pack(**{**arguments, **changes})
-
-
-def bad_rows(device: str, **changes):
-    """The same of a2a_pack_rows."""
-    ids, offsets = make_world((6, 8, 3, [0, 3, 8]), "uniform", device)
-    arguments = {
-        "hidden": make_rows(6, 8, dtype=torch.float32, device=device),
-        "topk_ids": ids,
-        "topk_weights": make_topk_weights(6, 3, device),
-        "plan": moe_ext.a2a_plan(ids, offsets),
-    }
-    return moe_ext.a2a_pack_rows(**{**arguments, **changes})
+    return pack(**{**arguments, **changes})
 
 
 def ids_on(device: str) -> Tensor:
@@ -363,9 +351,9 @@ BAD_CALLS = [
     ("pack: rows of other tokens", lambda d: bad(d, hidden=torch.zeros(5, 8, device=d)), r"hidden: expected size 6 \(num_tokens, as in topk_ids\)"),
     ("pack: half weights", lambda d: bad(d, topk_weights=torch.zeros(6, 3, device=d).half()), r"topk_weights: expected float32 \[num_tokens, topk\], got float16 \[6, 3\]"),
     ("pack: a plan of other tokens", lambda d: bad(d, plan=moe_ext.a2a_plan(ids_on(d)[:4], owners_on(d))), r"slot_to_send: expected num_tokens \* min\(topk, num_ranks\) = 12 entries, got 8"),
-    ("pack_rows: an unknown payload", lambda d: bad_rows(d, payload="int4"), r"payload: expected native or fp8, got int4"),
-    ("pack_rows: copies of other rows", lambda d: bad_rows(d, copies=2), r"hidden: expected \[num_tokens, hidden_size\] with num_tokens \* 2 \(copies\) = 6"),
-    ("pack_rows: half weights", lambda d: bad_rows(d, topk_weights=torch.zeros(6, 3, device=d).half()), r"topk_weights: expected float32 \[num_tokens, topk\], got float16 \[6, 3\]"),
+    ("pack_rows: an unknown payload", lambda d: bad(d, moe_ext.a2a_pack_rows, payload="int4"), r"payload: expected native or fp8, got int4"),
+    ("pack_rows: copies of other rows", lambda d: bad(d, moe_ext.a2a_pack_rows, copies=2), r"hidden: expected \[num_tokens, hidden_size\] with num_tokens \* 2 \(copies\) = 6"),
+    ("pack_rows: half weights", lambda d: bad(d, moe_ext.a2a_pack_rows, topk_weights=torch.zeros(6, 3, device=d).half()), r"topk_weights: expected float32 \[num_tokens, topk\], got float16 \[6, 3\]"),
     ("unpack_rows: rows of another size", lambda d: moe_ext.a2a_unpack_rows(torch.zeros(2, 16, dtype=torch.uint8, device=d), 8, 3, torch.float32), r"rows: expected size 64 \(row_bytes, of this hidden_size, topk, dtype and payload\) in dimension 1"),
     ("unpack_rows: no rows of bytes", lambda d: moe_ext.a2a_unpack_rows(torch.zeros(2, 64, device=d), 8, 3, torch.float32), r"rows: expected uint8 \[num_received, row_bytes\], got float32 \[2, 64\]"),
     ("unpack: ids of other rows", lambda d: moe_ext.a2a_unpack(torch.zeros(5, 8, device=d), ids_on(d), 4), r"recv_ids: expected size 5 \(num_received, as in recv_hidden\)"),

@@ -44,7 +44,7 @@ def test_equals_the_layer_in_one_process(num_ranks, configuration, arguments, po
     (output * torch.cat([rows_of(rank, num_ranks, 3) for rank in range(num_ranks)])).sum().backward()
     assert relative_error(torch.cat([share["output"] for share in shares]), output) <= 1e-12
     assert relative_error(torch.cat([share["hidden"] for share in shares]), hidden.grad) <= 1e-12
-    assert relative_error(sum(share["router"] for share in shares), dense.router.weight.grad) <= 1e-12
+    assert relative_error(sum(share["router"] for share in shares), dense.router.logits.weight.grad) <= 1e-12
     assert all(share["dropped"] == 0 for share in shares)
     tensor_parallel = arguments.get("tensor_parallel", 1)
     for rank, share in enumerate(shares):
@@ -67,7 +67,7 @@ def test_bottleneck(pool):
     for name, parameter in narrow.experts.named_parameters():
         parameter.data = torch.cat([state[f"experts.{name}"] for state in states])
     wide = dense_layer()
-    wide.router.weight.data = states[0]["router.weight"]
+    wide.router.logits.weight.data = states[0]["router.logits.weight"]
     weights, ids, _ = wide.router(hidden)
     plan = narrow.ops.routing_plan(ids, EXPERTS)
     output = narrow.experts(hidden @ states[0]["descend.weight"].T, plan, weights) @ states[0]["ascend.weight"].T

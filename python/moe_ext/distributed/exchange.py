@@ -85,7 +85,7 @@ class Exchange(ABC):
         return self.gather(tensor, "a sum over all ranks").sum(0)
 
     def barrier(self) -> None:  # noqa: B027 (a rank that is gone shows in the first exchange too)
-        """Returns when all ranks are here; raises within the timeout, naming who is not, where the backend can."""
+        """Returns when all ranks are here, else raises within the timeout; gloo names them on rank 0."""
 
 
 class FlatExchange(Exchange):

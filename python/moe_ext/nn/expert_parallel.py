@@ -151,7 +151,7 @@ class ExpertParallelMoE(nn.Module):
         if self.shared is not None:
             output = output + self.shared(rows)
         self.statistics = ExpertParallelStatistics(tokens_per_expert, dropped, topk_ids)
-        return MoEOutput(output.view(hidden.shape), balance_loss, z_loss)
+        return MoEOutput(output.view(hidden.shape), balance_loss, z_loss, topk_weights, topk_ids, logits)
 
     def _compute(self, received: Received) -> Tensor:
         if not self.local_experts:
