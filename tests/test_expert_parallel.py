@@ -344,9 +344,9 @@ def test_bytes_that_travel(form, payload, pool):
         assert counted[rank].get(torch.bfloat16, 0) == back * 256 * 2
 
 
-def test_first_token_moves_copies():
-    case = WorldCase((8,), (3,), 1, physical_to_logical=(0, 1, 0))
-    ids = torch.tensor([[0], [0], [1], [0], [-1], [7]])
-    assert case.map.physical_ids(ids).flatten().tolist() == [0, 2, 1, 2, -1, -1]
-    assert case.map.physical_ids(ids, first_token=1).flatten().tolist() == [2, 0, 1, 0, -1, -1]
-    assert list(accumulate(case.map.experts_per_rank)) == case.map.rank_expert_offsets.tolist()[1:]
+def test_tokens_take_copies_in_turn():
+    experts = WorldCase((8,), (4,), 1, physical_to_logical=(0, 1, 0, 0)).map
+    ids = torch.tensor([[0], [0], [0], [0], [1], [-1], [7]])
+    assert experts.physical_ids(ids).flatten().tolist() == [0, 2, 3, 0, 1, -1, -1]
+    assert experts.physical_ids(ids, first_token=1).flatten().tolist() == [2, 3, 0, 2, 1, -1, -1]
+    assert list(accumulate(experts.experts_per_rank)) == experts.rank_expert_offsets.tolist()[1:]
