@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compare import relative_error
-from expert_parallel_cases import Share, WorldCase, joined, run_case, run_dense, run_share
+from expert_parallel_cases import HIDDEN, Share, WorldCase, joined, run_case, run_dense, run_share
 from moe_ext.distributed import FlatExchange, HierarchicalExchange, combine, dispatch
 from moe_ext.distributed.exchange import Splits
 from rank_pool import RankPool
@@ -342,6 +342,25 @@ def test_bytes_that_travel(form, payload, pool):
         row_bytes = -(-row_bytes // 16) * 16
         assert counted[rank].get(torch.uint8, 0) == rows * row_bytes
         assert counted[rank].get(torch.bfloat16, 0) == back * 256 * 2
+
+
+def run_frozen(group: Any, case: WorldCase) -> torch.Tensor | None:
+    """Only rank 0's rows want a gradient; the others must take part in its backward all the same."""
+    exchange, whole = FlatExchange(group), case.tensors()
+    hidden = whole["hidden"][:3].clone().requires_grad_(exchange.rank == 0)
+    received = dispatch(
+        hidden, whole["ids"][:3], whole["weights"][:3], exchange, case.map.rank_expert_offsets, case.options()
+    )
+    combine(received.hidden * 2, received.layout).sum().backward()
+    return hidden.grad
+
+
+@pytest.mark.parametrize("form", ["dedup", "slot"])
+def test_ranks_that_want_no_gradient_take_part_in_the_backward(form, pool):
+    case = WorldCase((3, 3), (4, 0), 1, form)
+    grad, none = pool.run(2, run_frozen, case)
+    weight = case.tensors()["weights"][:3] if form == "slot" else torch.ones(3, 1, dtype=torch.float64)
+    assert none is None and relative_error(grad, 2 * weight.expand(3, HIDDEN)) <= 1e-15
 
 
 def test_tokens_take_copies_in_turn():
