@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 import moe_ext
+from moe_ext.reference.all_to_all import quantise_blocks
 
 from .case import Case, Cases, Context
 from .shapes import DEEPSEEK_V3, OLMOE, TINY_LAYERS, LayerShape
 
-OPS = ("a2a_plan", "a2a_pack", "a2a_pack_backward", "a2a_unpack", "a2a_combine")
+OPS = ("a2a_plan", "a2a_pack", "a2a_pack_backward", "a2a_unpack", "a2a_combine", "a2a_pack_rows",
+       "a2a_unpack_rows")  # fmt: skip
 TABLES = ("C",)
 
 NUM_RANKS = 8
@@ -78,6 +80,29 @@ def rank_cases(context: Context, shape: LayerShape, dtype: torch.dtype) -> Cases
                float(row_bytes * (sent + shape.num_tokens)))  # fmt: skip
     yield make("a2a_unpack", "forward", lambda: moe_ext.a2a_unpack(received, received_ids, num_local)[0],
                {"torch argsort": eager_unpack}, float(row_bytes * (sent + sent * shape.topk)))  # fmt: skip
+
+    def dequantise(rows: Tensor, scales: Tensor) -> Tensor:
+        return (rows.float() * scales.repeat_interleave(128, 1)[:, : shape.hidden_size]).to(dtype)
+
+    def eager_fp8_pack() -> Tensor:
+        """Quantise, then gather elements and scales; as bytes, for the gather has no fp8."""
+        elements, scales = quantise_blocks(hidden)
+        gathered = elements.view(torch.uint8).index_select(0, tokens[:sent])
+        return dequantise(gathered.view(torch.float8_e4m3fn), scales.index_select(0, tokens[:sent]))
+
+    def unpacked(rows: Tensor) -> Tensor:
+        return moe_ext.a2a_unpack_rows(rows, shape.hidden_size, shape.topk, dtype, payload="fp8")[0]
+
+    sent_rows = moe_ext.a2a_pack_rows(hidden, ids, weights, plan, payload="fp8")[:sent]
+    elements, scales = quantise_blocks(received)
+    fp8_bytes = float(sent_rows.numel())
+    # Both sides end with the dequantised rows, so that they can be compared.
+    yield make("a2a_pack_rows", "forward",
+               lambda: unpacked(moe_ext.a2a_pack_rows(hidden, ids, weights, plan, payload="fp8")[:sent]),
+               {"quantise, index_select": eager_fp8_pack},
+               row_bytes * (shape.num_tokens + sent) + 2 * fp8_bytes)  # fmt: skip
+    yield make("a2a_unpack_rows", "forward", lambda: unpacked(sent_rows),
+               {"dequantise": lambda: dequantise(elements, scales)}, fp8_bytes + row_bytes * sent)  # fmt: skip
 
     leaf = hidden.clone().requires_grad_()
     grad = context.rows(tokens.numel(), shape.hidden_size, dtype=dtype, seed=5)

@@ -113,4 +113,10 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "-> (Tensor permuted, Tensor expert_offsets, Tensor tokens_per_expert, Tensor permuted_to_slot, "
       "Tensor slot_to_permuted)");
   m.def("a2a_combine(Tensor recv_rows, Tensor send_to_slot, Tensor slot_to_send, int slots_per_token) -> Tensor");
+  m.def(
+      "a2a_pack_rows(Tensor hidden, Tensor topk_ids, Tensor? topk_weights, Tensor rank_expert_offsets, "
+      "Tensor send_offsets, Tensor send_to_slot, Tensor slot_to_send, str payload, int copies) -> Tensor");
+  m.def(
+      "a2a_unpack_rows(Tensor rows, int hidden_size, int topk, ScalarType dtype, str payload, bool weighted) "
+      "-> (Tensor hidden, Tensor topk_ids, Tensor topk_weights)");
 }

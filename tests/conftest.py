@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from rank_pool import RankPool
+
 
 @pytest.fixture
 def device() -> str:
@@ -21,6 +23,14 @@ def poisoned_outputs() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four ranks over gloo, started once."""
+    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

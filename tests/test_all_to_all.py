@@ -117,6 +117,73 @@ def test_combine(world, routing, dtype, device):
     assert_deterministic(apply(moe_ext), (rows,), grads)
 
 
+# (payload, hidden_size, weighted): odd sizes, less than a scale block, one, several segments.
+PACKED = [("native", 7, True), ("native", 1100, False), ("fp8", 7, True), ("fp8", 128, False), ("fp8", 1100, True)]
+
+
+@pytest.mark.parametrize("payload, hidden_size, weighted", PACKED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world", WORLDS, ids=str)
+def test_pack_rows(world, dtype, payload, hidden_size, weighted, device):
+    """Every byte as the twin has it, there and back; non-contiguous rows too."""
+    ids, offsets = make_world(world, "dropped", device)
+    num_tokens, topk = ids.shape
+    plan = reference.a2a_plan(ids.cpu(), offsets.cpu())
+    hidden = make_rows(num_tokens, hidden_size, dtype=dtype, device=device)
+    weights = make_topk_weights(num_tokens, topk, device) if weighted else None
+    args = (ids, weights, on(device, plan))
+    packed = moe_ext.a2a_pack_rows(hidden, *args, payload=payload)
+    assert torch.equal(packed.cpu(), reference.a2a_pack_rows(hidden, *args, payload=payload).cpu())
+    assert torch.equal(packed, moe_ext.a2a_pack_rows(non_contiguous(hidden), *args, payload=payload))
+    unpacked = moe_ext.a2a_unpack_rows(packed, hidden_size, topk, dtype, payload=payload, weighted=weighted)
+    expected = reference.a2a_unpack_rows(packed, hidden_size, topk, dtype, payload=payload, weighted=weighted)
+    for got, wanted in zip(unpacked, expected, strict=True):
+        assert got.dtype == wanted.dtype and torch.equal(got.cpu(), wanted.cpu())
+    exact, local_ids, _ = reference.a2a_pack(hidden, ids, make_topk_weights(num_tokens, topk, device), on(device, plan))
+    assert torch.equal(unpacked[1], local_ids)
+    if payload == "native":
+        assert torch.equal(unpacked[0], exact)
+    elif exact.numel():
+        # e4m3 keeps three bits after the first: half a step is 1/16 of a normal number.
+        blocks = torch.nn.functional.pad(exact.float(), (0, -hidden_size % 128)).unflatten(1, (-1, 128))
+        allowed = blocks.abs() / 16 + blocks.abs().amax(-1, keepdim=True) / 448 * 2**-9 + 1e-6
+        allowed = allowed.flatten(1)[:, :hidden_size] + exact.float().abs() * 2 * torch.finfo(dtype).eps
+        assert ((unpacked[0].float() - exact.float()).abs() <= allowed).all()
+
+
+def test_pack_every_slot_alone(device):
+    """copies=topk: a row for each slot, as the deduplicated form of topk_ids [num_tokens * topk, 1]."""
+    ids, offsets = make_world(WORLDS[2], "dropped", device)
+    num_tokens, topk = ids.shape
+    hidden = make_rows(num_tokens, 40, dtype=torch.float32, device=device)
+    slots = ids.reshape(-1, 1)
+    plan = moe_ext.a2a_plan(slots, offsets)
+    packed = moe_ext.a2a_pack_rows(hidden, slots, None, plan, copies=topk)
+    twin = reference.a2a_pack_rows(hidden, slots, None, plan, copies=topk)
+    assert torch.equal(packed.cpu(), twin.cpu()) and plan.send_counts.sum() == (ids >= 0).logical_and(ids < 11).sum()
+
+
+def test_fp8_of_special_values(device):
+    """Every e4m3 number comes back, ties go to even, NaN and infinity spread over their block and no further."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()]
+    between = (numbers[:-1] + numbers[1:]) / 2
+    between = torch.cat([between, torch.nextafter(between, torch.tensor(1e9)), torch.nextafter(between, -between)])
+    tiny = torch.tensor([1e-45, -3e-41, 1e-38, 0.0, -0.0])
+    rows = torch.zeros(16, 256)
+    for row, values in enumerate([numbers[:127], numbers[127:], *between.split(120), tiny, tiny * 1e30]):
+        rows[row, : len(values)] = values
+        rows[row, 127] = 448.0 if row < 12 and values is not tiny else 0.0
+    rows[-1, 3], rows[-2, 3] = torch.nan, torch.inf
+    ids = torch.zeros(16, 1, dtype=torch.int32, device=device)
+    plan = moe_ext.a2a_plan(ids, torch.tensor([0, 1], dtype=torch.int32, device=device))
+    packed = moe_ext.a2a_pack_rows(rows.to(device), ids, None, plan, payload="fp8")
+    assert torch.equal(packed.cpu(), reference.a2a_pack_rows(rows, ids.cpu(), None, on("cpu", plan), payload="fp8"))
+    back = moe_ext.a2a_unpack_rows(packed, 256, 1, torch.float32, payload="fp8", weighted=False)[0].cpu()
+    assert torch.equal(back[0, :127], numbers[:127]) and torch.equal(back[1, :127], numbers[127:])
+    assert back[-2:, :128].isnan()[:, 3].all() and (back[-2:, 128:] == 0).all() and back[:-2].isfinite().all()
+
+
 def exchange(blocks: list[list[Tensor]]) -> list[Tensor]:
     """all_to_all_single without a network: blocks[source][destination] -> what each destination receives."""
     return [torch.cat([row[destination] for row in blocks]) for destination in range(len(blocks))]
@@ -247,12 +314,16 @@ def test_opcheck(device):
         torch.library.opcheck(ops.a2a_unpack.default, (h, ids, 8, 4))
         rows = moe_ext.a2a_pack(hidden, ids, weights, plan)[0].requires_grad_(needs_grad)
         torch.library.opcheck(ops.a2a_combine.default, (rows, *maps[1:], plan.slots_per_token))
+    for payload in ("native", "fp8"):
+        packed = moe_ext.a2a_pack_rows(hidden, ids, weights, plan, payload=payload)
+        torch.library.opcheck(ops.a2a_pack_rows.default, (hidden, ids, weights, offsets, *maps, payload, 1))
+        torch.library.opcheck(ops.a2a_unpack_rows.default, (packed, 8, 3, torch.float32, payload, True))
     grads = (make_rows(12, 8, dtype=torch.float32, device=device), make_rows(12, 3, dtype=torch.float32, device=device))
     torch.library.opcheck(ops.a2a_pack_backward.default, (*grads, ids, offsets, *maps))
 
 
-def bad(device: str, **changes):
-    """A good set of a2a_pack arguments, some of them replaced."""
+def bad(device: str, pack=moe_ext.a2a_pack, **changes):
+    """A good set of arguments of a2a_pack, or of a2a_pack_rows, some of them replaced."""
     ids, offsets = make_world((6, 8, 3, [0, 3, 8]), "uniform", device)
     arguments = {
         "hidden": make_rows(6, 8, dtype=torch.float32, device=device),
@@ -260,7 +331,7 @@ def bad(device: str, **changes):
         "topk_weights": make_topk_weights(6, 3, device),
         "plan": moe_ext.a2a_plan(ids, offsets),
     }
-    return moe_ext.a2a_pack(**{**arguments, **changes})
+    return pack(**{**arguments, **changes})
 
 
 def ids_on(device: str) -> Tensor:
@@ -280,6 +351,11 @@ BAD_CALLS = [
     ("pack: rows of other tokens", lambda d: bad(d, hidden=torch.zeros(5, 8, device=d)), r"hidden: expected size 6 \(num_tokens, as in topk_ids\)"),
     ("pack: half weights", lambda d: bad(d, topk_weights=torch.zeros(6, 3, device=d).half()), r"topk_weights: expected float32 \[num_tokens, topk\], got float16 \[6, 3\]"),
     ("pack: a plan of other tokens", lambda d: bad(d, plan=moe_ext.a2a_plan(ids_on(d)[:4], owners_on(d))), r"slot_to_send: expected num_tokens \* min\(topk, num_ranks\) = 12 entries, got 8"),
+    ("pack_rows: an unknown payload", lambda d: bad(d, moe_ext.a2a_pack_rows, payload="int4"), r"payload: expected native or fp8, got int4"),
+    ("pack_rows: copies of other rows", lambda d: bad(d, moe_ext.a2a_pack_rows, copies=2), r"hidden: expected \[num_tokens, hidden_size\] with num_tokens \* 2 \(copies\) = 6"),
+    ("pack_rows: half weights", lambda d: bad(d, moe_ext.a2a_pack_rows, topk_weights=torch.zeros(6, 3, device=d).half()), r"topk_weights: expected float32 \[num_tokens, topk\], got float16 \[6, 3\]"),
+    ("unpack_rows: rows of another size", lambda d: moe_ext.a2a_unpack_rows(torch.zeros(2, 16, dtype=torch.uint8, device=d), 8, 3, torch.float32), r"rows: expected size 64 \(row_bytes, of this hidden_size, topk, dtype and payload\) in dimension 1"),
+    ("unpack_rows: no rows of bytes", lambda d: moe_ext.a2a_unpack_rows(torch.zeros(2, 64, device=d), 8, 3, torch.float32), r"rows: expected uint8 \[num_received, row_bytes\], got float32 \[2, 64\]"),
     ("unpack: ids of other rows", lambda d: moe_ext.a2a_unpack(torch.zeros(5, 8, device=d), ids_on(d), 4), r"recv_ids: expected size 5 \(num_received, as in recv_hidden\)"),
     ("unpack: no experts", lambda d: moe_ext.a2a_unpack(torch.zeros(6, 8, device=d), ids_on(d), 0), r"num_experts: expected an integer >= 1, got 0"),
     ("combine: too few rows", lambda d: moe_ext.a2a_combine(torch.zeros(5, 8, device=d), moe_ext.a2a_plan(ids_on(d), owners_on(d))), r"recv_rows: expected size 12 \(num_rows, the length of send_to_slot\)"),

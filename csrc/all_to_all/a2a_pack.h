@@ -60,26 +60,28 @@ inline PackShape check_a2a_pack_backward(const Tensor& grad_send_hidden, const T
   return shape;
 }
 
-// Entry j of send row `row`: the local expert id and weight if the token's slot j belongs to the row's rank.
+// The token in send row `row`'s slot, -1 where the slot holds none.
+MOE_HOST_DEVICE inline int64_t token_of_row(int64_t slot, const PackShape& shape) {
+  return slot >= 0 && slot < shape.num_tokens * shape.slots ? slot / shape.slots : -1;
+}
+
+template <typename weight_t>
+struct PackEntry {
+  int32_t local_id;
+  weight_t weight;
+};
+
+// The local expert id and weight of a token's slot j if it belongs to `rank`. A token or rank of -1 has none, and
+// weights may be absent.
 template <typename index_t, typename weight_t>
-MOE_HOST_DEVICE inline void pack_entry(int64_t row, int64_t j, const index_t* topk_ids, const weight_t* topk_weights,
-                                       const int32_t* rank_expert_offsets, const int32_t* send_offsets,
-                                       const int32_t* send_to_slot, const PackShape& shape, int32_t* send_ids,
-                                       weight_t* send_weights) {
-  int32_t local = -1;
-  weight_t weight = 0;
-  const int64_t slot = send_to_slot[row];
-  const int rank = find_interval(send_offsets, static_cast<int>(shape.num_ranks), row);
-  if (rank >= 0 && slot >= 0 && slot < shape.num_tokens * shape.slots) {
-    const int64_t entry = slot / shape.slots * shape.topk + j;
-    const int64_t first = rank_expert_offsets[rank], end = rank_expert_offsets[rank + 1];
-    if (topk_ids[entry] >= first && topk_ids[entry] < end) {
-      local = static_cast<int32_t>(topk_ids[entry] - first);
-      weight = topk_weights[entry];
-    }
-  }
-  send_ids[row * shape.topk + j] = local;
-  send_weights[row * shape.topk + j] = weight;
+MOE_HOST_DEVICE inline PackEntry<weight_t> find_entry(int64_t token, int rank, int64_t j, const index_t* topk_ids,
+                                                      const weight_t* topk_weights, const int32_t* rank_expert_offsets,
+                                                      const PackShape& shape) {
+  if (token < 0 || rank < 0) return {-1, 0};
+  const int64_t entry = token * shape.topk + j, expert = topk_ids[entry];
+  const int64_t first = rank_expert_offsets[rank], end = rank_expert_offsets[rank + 1];
+  if (expert < first || expert >= end) return {-1, 0};
+  return {static_cast<int32_t>(expert - first), topk_weights ? topk_weights[entry] : weight_t(0)};
 }
 
 // Where the gradient of weight (token, j) is found: the token's send row for the rank of its slot j.

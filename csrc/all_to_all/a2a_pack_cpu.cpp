@@ -20,7 +20,7 @@ struct Ranks {
   int num_ranks;
 };
 
-// A send row: of its token's slots those that belong to the row's rank, the rest -1 with weight 0. As pack_entry.
+// A send row: of its token's slots those that belong to the row's rank, the rest -1 with weight 0. As find_entry.
 template <typename index_t, typename weight_t>
 void pack_row(int64_t row, int64_t slot, const index_t* topk_ids, const weight_t* topk_weights, const Ranks& ranks,
               const PackShape& shape, int32_t* send_ids, weight_t* send_weights) {

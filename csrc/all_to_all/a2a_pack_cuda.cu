@@ -22,8 +22,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < shape.num_rows * shape.topk;
        i += stride) {
-    pack_entry(i / shape.topk, i % shape.topk, topk_ids, topk_weights, rank_expert_offsets, send_offsets, send_to_slot,
-               shape, send_ids, send_weights);
+    const int64_t row = i / shape.topk;
+    const int rank = find_interval(send_offsets, static_cast<int>(shape.num_ranks), row);
+    const auto entry = find_entry(token_of_row(send_to_slot[row], shape), rank, i % shape.topk, topk_ids, topk_weights,
+                                  rank_expert_offsets, shape);
+    send_ids[i] = entry.local_id;
+    send_weights[i] = entry.weight;
   }
 }
 

@@ -103,6 +103,7 @@ class LargeBuffers {
 
 inline size_t bytes_of_element(ScalarType dtype) {
   switch (dtype) {
+    case ScalarType::Byte: return 1;
     case ScalarType::Double: return 8;
     case ScalarType::BFloat16:
     case ScalarType::Half: return 2;
@@ -112,7 +113,7 @@ inline size_t bytes_of_element(ScalarType dtype) {
 
 #endif
 
-// torch::stable::new_empty of a floating CPU tensor; where it is large, on huge pages that are kept.
+// torch::stable::new_empty of a floating or byte CPU tensor; where it is large, on huge pages that are kept.
 inline Tensor new_empty_large(const Tensor& like, std::initializer_list<int64_t> sizes,
                               std::optional<ScalarType> dtype = std::nullopt) {
 #ifdef MOE_EXT_LARGE_BUFFERS

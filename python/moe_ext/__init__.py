@@ -4,8 +4,10 @@ from moe_ext._library import build_info
 from moe_ext.ops.all_to_all import (
     a2a_combine,
     a2a_pack,
+    a2a_pack_rows,
     a2a_plan,
     a2a_unpack,
+    a2a_unpack_rows,
     even_rank_expert_offsets,
 )
 from moe_ext.ops.experts import expert_activation, moe_mlp
@@ -23,8 +25,10 @@ __all__ = [
     "RoutingPlan",
     "a2a_combine",
     "a2a_pack",
+    "a2a_pack_rows",
     "a2a_plan",
     "a2a_unpack",
+    "a2a_unpack_rows",
     "build_info",
     "even_rank_expert_offsets",
     "expert_activation",

@@ -1,5 +1,32 @@
-"""Expert parallelism: routing traces and expert placement."""
+"""Expert parallelism over torch.distributed; routing traces, and the placement of experts that is made of them."""
 
+from moe_ext.distributed.dispatch import (
+    DispatchOptions,
+    Received,
+    combine,
+    dispatch,
+    start_combine,
+    start_dispatch,
+)
+from moe_ext.distributed.exchange import Exchange, ExchangeError, FlatExchange, HierarchicalExchange
+from moe_ext.distributed.expert_map import ExpertMap
+from moe_ext.distributed.expert_parallel import ExpertParallelOutput, expert_parallel
 from moe_ext.distributed.traces import RoutingTrace, TraceRecorder
 
-__all__ = ["RoutingTrace", "TraceRecorder"]
+__all__ = [
+    "DispatchOptions",
+    "Exchange",
+    "ExchangeError",
+    "ExpertMap",
+    "ExpertParallelOutput",
+    "FlatExchange",
+    "HierarchicalExchange",
+    "Received",
+    "RoutingTrace",
+    "TraceRecorder",
+    "combine",
+    "dispatch",
+    "expert_parallel",
+    "start_combine",
+    "start_dispatch",
+]

@@ -1,5 +1,6 @@
 """Thin modules over the ops."""
 
+from moe_ext.nn.expert_parallel import ExpertParallelMoE, ExpertParallelStatistics
 from moe_ext.nn.experts import (
     ExpertGroups,
     Experts,
@@ -21,6 +22,8 @@ from moe_ext.nn.topology import InPlaceOfMLP, replace_modules
 __all__ = [
     "ExpertChoiceRouter",
     "ExpertGroups",
+    "ExpertParallelMoE",
+    "ExpertParallelStatistics",
     "Experts",
     "GateMaps",
     "InPlaceOfMLP",

@@ -15,11 +15,15 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.ops.autograd import register_autograd
 from moe_ext.ops.permutation import permute, unpermute
+from moe_ext.packed_row import PackedRow, Payload
 from moe_ext.plan_types import A2APlan, RoutingPlan
 
 _ops = torch.ops.moe_ext
 
-NOT_DIFFERENTIABLE = ("moe_ext::a2a_plan", "moe_ext::a2a_pack_backward")
+# Bytes have no gradient: moe_ext.distributed.dispatch, which moves them, has the formula.
+NOT_DIFFERENTIABLE = (
+    "moe_ext::a2a_plan", "moe_ext::a2a_pack_backward", "moe_ext::a2a_pack_rows", "moe_ext::a2a_unpack_rows",
+)  # fmt: skip
 
 
 def even_rank_expert_offsets(num_experts: int, num_ranks: int, device: torch.device | str | None = None) -> Tensor:
@@ -112,6 +116,61 @@ def a2a_combine(recv_rows: Tensor, plan: A2APlan) -> Tensor:
     return combined
 
 
+def a2a_pack_rows(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    plan: A2APlan,
+    *,
+    payload: Payload = "native",
+    copies: int = 1,
+) -> Tensor:
+    """:func:`a2a_pack` with everything of a row in one row of bytes, so that one collective moves it (as DeepEP does).
+
+    Args:
+        hidden: [num_tokens / copies, hidden_size] float32, bfloat16 or float16 (float64 on the CPU).
+        topk_ids: [num_tokens, topk] int32 or int64, those that ``plan`` was made from.
+        topk_weights: [num_tokens, topk] float32 (float64 for float64 rows); None: no weights travel.
+        plan: from :func:`a2a_plan`.
+        payload: ``"native"``, or ``"fp8"``: e4m3 with an fp32 scale for every 128 elements, largest magnitude / 448
+            (DeepSeek-V3). A block with a NaN or an infinity comes out as NaN.
+        copies: consecutive rows of ``topk_ids`` that share a row of ``hidden``. With ids viewed as
+            [num_tokens * topk, 1] and ``copies=topk`` every slot travels alone.
+
+    Returns:
+        [S, row_bytes] uint8, laid out as :class:`moe_ext.packed_row.PackedRow` says; row_bytes is a multiple of 16. The
+        tail holds zero rows with ids -1. Not differentiable; :func:`moe_ext.distributed.dispatch` is.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
+    """
+    packed: Tensor = _ops.a2a_pack_rows(
+        hidden, topk_ids, topk_weights, plan.rank_expert_offsets, plan.send_offsets, plan.send_to_slot,
+        plan.slot_to_send, payload, copies,
+    )  # fmt: skip
+    return packed
+
+
+def a2a_unpack_rows(
+    rows: Tensor, hidden_size: int, topk: int, dtype: torch.dtype, *, payload: Payload = "native", weighted: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take apart rows that :func:`a2a_pack_rows` made.
+
+    Args:
+        rows: [num_received, row_bytes] uint8; on CUDA aligned to 16 bytes.
+        hidden_size, topk, dtype, payload, weighted: those of the rows; ``weighted``: they carry weights.
+
+    Returns:
+        hidden [num_received, hidden_size] in ``dtype``, ids [num_received, topk] int32, weights [num_received, topk]
+        (float32, float64 for float64 rows; [0, topk] if not ``weighted``). Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has the wrong dtype, number of axes, size or name; the message names it.
+    """
+    hidden, ids, weights = _ops.a2a_unpack_rows(rows, hidden_size, topk, dtype, payload, weighted)
+    return hidden, ids, weights
+
+
 @torch.library.register_fake("moe_ext::a2a_plan")
 def _a2a_plan_fake(topk_ids: Tensor, rank_expert_offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_ranks = rank_expert_offsets.shape[0] - 1
@@ -163,6 +222,29 @@ def _a2a_unpack_fake(
 @torch.library.register_fake("moe_ext::a2a_combine")
 def _a2a_combine_fake(recv_rows: Tensor, send_to_slot: Tensor, slot_to_send: Tensor, slots_per_token: int) -> Tensor:
     return recv_rows.new_empty(slot_to_send.shape[0] // slots_per_token, recv_rows.shape[1])
+
+
+@torch.library.register_fake("moe_ext::a2a_pack_rows")
+def _a2a_pack_rows_fake(
+    hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor | None, rank_expert_offsets: Tensor, send_offsets: Tensor,
+    send_to_slot: Tensor, slot_to_send: Tensor, payload: str, copies: int,
+) -> Tensor:  # fmt: skip
+    layout = PackedRow.of(hidden.shape[1], topk_ids.shape[1], hidden.dtype, payload, topk_weights is not None)
+    return hidden.new_empty(send_to_slot.shape[0], layout.row_bytes, dtype=torch.uint8)
+
+
+@torch.library.register_fake("moe_ext::a2a_unpack_rows")
+def _a2a_unpack_rows_fake(
+    rows: Tensor, hidden_size: int, topk: int, dtype: torch.dtype, payload: str, weighted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = rows.shape[0]
+    return (
+        rows.new_empty(num_rows, hidden_size, dtype=dtype),
+        rows.new_empty(num_rows, topk, dtype=torch.int32),
+        rows.new_empty(
+            num_rows if weighted else 0, topk, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+        ),
+    )
 
 
 def _a2a_pack_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,0 +1,51 @@
+// e4m3 with one scale for a block of elements: scale = largest magnitude / 448, element = value / scale.
+// A block of zeros has the smallest normal scale, so that no quotient overflows. NaN stays NaN and spreads over its
+// block through the scale; so does infinity.
+#pragma once
+
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+
+#include <bit>
+#include <cstdint>
+
+#include "../common/host_device.h"
+
+namespace moe_ext {
+
+constexpr float kLargestE4m3 = 448.0f;
+constexpr float kSmallestScale = 0x1p-126f;
+
+// The larger of two magnitudes; NaN is larger than any.
+MOE_HOST_DEVICE_INLINE float larger_magnitude(float largest, float magnitude) {
+  return magnitude > largest || magnitude != magnitude ? magnitude : largest;
+}
+
+MOE_HOST_DEVICE_INLINE float block_scale(float largest) {
+  const float scale = largest / kLargestE4m3;
+  return scale < kSmallestScale ? kSmallestScale : scale;
+}
+
+MOE_HOST_DEVICE_INLINE uint32_t float_bits(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  return std::bit_cast<uint32_t>(value);
+#endif
+}
+
+// To the nearest e4m3, ties to even, |value| <= 448 or NaN; without branches, so that loops vectorise.
+MOE_HOST_DEVICE_INLINE uint8_t to_e4m3(float value) {
+  constexpr uint32_t kSignBit = 0x80000000u, kSmallestNormal = 121u << 23, kNanFrom = 1087u << 20;
+  constexpr uint32_t kSubnormalShift = 141u
+                                       << 23;  // 2^14: adding it leaves a subnormal's bits in the low byte, rounded
+  const uint32_t bits = float_bits(value), magnitude = bits & ~kSignBit;
+  const float absolute = value < 0 ? -value : value;
+  const uint32_t subnormal = float_bits(absolute + 16384.0f) - kSubnormalShift;
+  const uint32_t normal = (magnitude - (120u << 23) + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20;
+  const uint32_t rounded = magnitude < kSmallestNormal ? subnormal : normal;
+  return static_cast<uint8_t>((magnitude >= kNanFrom ? 0x7Fu : rounded) | ((bits & kSignBit) >> 24));
+}
+
+MOE_HOST_DEVICE_INLINE float from_e4m3(uint8_t value) { return c10::detail::fp8e4m3fn_to_fp32_value(value); }
+
+}  // namespace moe_ext
