@@ -9,10 +9,10 @@ BUILD_CHOICE := cuda-$(MOE_EXT_CUDA)
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f 2>/dev/null)
 CXX_SOURCES = $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-PYTHON_SOURCES := python bench tests setup.py cmake/build_checks.py
+PYTHON_SOURCES := python bench tests docs setup.py cmake/build_checks.py
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install test bench lint format wheel clean
+.PHONY: help venv install test bench lint format docs wheel clean
 
 help:  ## this text
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,8 +48,11 @@ format: venv  ## rewrite the sources as lint wants them
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+docs: install  ## the documentation, docs/_build/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
 wheel: venv  ## dist/*.whl for the Python of .venv; MOE_EXT_CUDA=1 needs nvcc, not a GPU
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## what a build leaves, not .venv
-	rm -rf build dist *.egg-info python/*.egg-info python/moe_ext/*.so
+	rm -rf build dist docs/_build *.egg-info python/*.egg-info python/moe_ext/*.so

@@ -24,6 +24,7 @@ from . import (
     report,
     scaling,
     tune_tiles,
+    zero_computation,
 )
 from .case import Cases, Context
 from .timing import Timer
@@ -43,7 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         "else cpu")  # fmt: skip
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these ops (names of csrc/schemas.cpp)")
     parser.add_argument("--tables", help="only these tables, comma-separated: A layers, B products, C memory-bound, "
-                        "D decode, scaling, memory (default: A,B,C,D; of cpu-full: A,D)")  # fmt: skip
+                        "D decode, scaling, memory, zero (default: A,B,C,D; of cpu-full: A,D)")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="only these layers of tables A, D and memory "
                         "(names of bench/shapes.py)")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 and "
@@ -79,6 +80,8 @@ def cases(context: Context) -> Cases:
             yield from module.cases(context)
     if "scaling" in context.tables:
         yield from scaling.cases(context)
+    if zero_computation.TABLE in context.tables:
+        yield from zero_computation.cases(context)
 
 
 def make_context(options: argparse.Namespace) -> Context:

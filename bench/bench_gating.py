@@ -13,6 +13,8 @@ from .shapes import ROUTERS
 OPS = (
     "topk_gating",
     "topk_gating_backward",
+    "topk_gating_general",
+    "topk_gating_general_backward",
     "router_losses",
     "router_losses_backward",
     "expert_choice_gating",
@@ -43,6 +45,25 @@ def eager_losses(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.softmax(logits.float(), dim=-1).mean(0)
     balance = (counts * mean).sum() * num_experts / ids.numel()
     return balance, torch.logsumexp(logits.float(), dim=-1).square().mean()
+
+
+def eager_dynamic_gate(
+    logits: Tensor, forced_ids: Tensor, zero_weight_experts: Tensor, topk: int, top_p: float
+) -> Tensor:
+    weights, ids = torch.softmax(logits.float(), dim=-1).topk(topk, dim=-1)
+    absent = ~(ids == forced_ids[:, None]).any(1)
+    ids = torch.cat([ids[:, :-1], torch.where(absent, forced_ids, ids[:, -1])[:, None]], dim=1)
+    weights = torch.softmax(logits.float(), dim=-1).gather(1, ids)
+    kept = (weights.cumsum(1) - weights < top_p) | (ids == forced_ids[:, None])
+    weights = torch.where(kept & ~zero_weight_experts[ids], weights, 0.0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def eager_sequence_loss(logits: Tensor, ids: Tensor, num_sequences: int) -> Tensor:
+    num_experts, picks = logits.shape[1], torch.nn.functional.one_hot(ids, logits.shape[1])
+    load = picks.view(num_sequences, -1, num_experts).sum(1) * (num_experts * num_sequences / ids.numel())
+    mean = torch.softmax(logits.float(), dim=-1).view(num_sequences, -1, num_experts).mean(1)
+    return (load * mean).sum(1).mean()
 
 
 def eager_expert_choice(logits: Tensor, capacity: int) -> Tensor:
@@ -84,6 +105,22 @@ def gate_cases(context: Context, name: str, logits: Tensor, topk: int) -> Cases:
     yield make("topk_gating", "groups+bias", "forward", deepseek_gate,
                {"torch eager": lambda: eager_deepseek_gate(logits, bias, topk)[0].sum(1)},
                logit_bytes + slot_bytes)  # fmt: skip
+    forced_ids = torch.arange(num_tokens, device=logits.device) % num_experts
+    nothing = torch.arange(num_experts, device=logits.device) % 8 == 7
+
+    def dynamic_gate(x: Tensor) -> Tensor:
+        return moe_ext.topk_gating(
+            x, topk, forced_ids=forced_ids, top_p=0.5, zero_weight_experts=nothing, renormalize=True
+        )[0]
+
+    yield make("topk_gating_general", "forced+top_p+zero", "forward", lambda: dynamic_gate(logits),
+               {"torch eager": lambda: eager_dynamic_gate(logits, forced_ids, nothing, topk, 0.5)},
+               logit_bytes + slot_bytes)  # fmt: skip
+    yield make("topk_gating_general_backward", "forced+top_p+zero", "forward+backward",
+               lambda: torch.autograd.grad(dynamic_gate(leaf), leaf, grad),
+               {"torch eager": lambda: torch.autograd.grad(
+                   eager_dynamic_gate(leaf, forced_ids, nothing, topk, 0.5), leaf, grad)},
+               3 * logit_bytes + 2 * slot_bytes)  # fmt: skip
     yield make("topk_gating_backward", "softmax", "forward+backward",
                lambda: torch.autograd.grad(softmax_gate(leaf), leaf, grad),
                {"torch eager": lambda: torch.autograd.grad(eager_softmax_gate(leaf, topk)[0], leaf, grad)},
@@ -93,6 +130,10 @@ def gate_cases(context: Context, name: str, logits: Tensor, topk: int) -> Cases:
     wide_ids = ids.long()
     yield make("router_losses", "softmax", "forward", lambda: moe_ext.router_losses(logits, ids)[:2],
                {"torch eager": lambda: eager_losses(logits, wide_ids)}, logit_bytes + slot_bytes / 2)  # fmt: skip
+    yield make("router_losses", "sequences", "forward",
+               lambda: moe_ext.router_losses(logits, ids, num_sequences=4)[0],
+               {"torch eager": lambda: eager_sequence_loss(logits, wide_ids, 4)},
+               logit_bytes + slot_bytes / 2)  # fmt: skip
     yield make("router_losses_backward", "softmax", "forward+backward",
                lambda: torch.autograd.grad(sum(moe_ext.router_losses(leaf, ids)[:2]), leaf),
                {"torch eager": lambda: torch.autograd.grad(sum(eager_losses(leaf, wide_ids)), leaf)},

@@ -26,6 +26,7 @@ TABLES = {
     "D": "Decode",
     "scaling": "One layer against tokens, experts, threads",
     "memory": "Peak memory above inputs and weights",
+    "zero": "Zero-computation experts",
 }
 # Over the best peer, of layers with at least hundreds of tokens on a CPU.
 WANTED_SPEEDUP = {"forward": 1.3, "forward+backward": 2.0}

@@ -15,13 +15,26 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "topk_gating_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score_function, "
       "str score_order, Tensor? expert_mask, bool renormalize, float renormalize_eps, float scale) -> Tensor");
   m.def(
-      "router_losses(Tensor logits, Tensor topk_ids, str score_function, Tensor? token_mask) "
+      "topk_gating_general(Tensor logits, int topk, str score_function, str score_order, Tensor? selection_bias, "
+      "Tensor? expert_mask, int num_groups, int topk_groups, bool renormalize, float renormalize_eps, float scale, "
+      "int first_rank, Tensor? forced_ids, float? top_p, float? min_ratio, Tensor? keep_tokens, str weight_source, "
+      "Tensor? external_weights, Tensor? zero_weight_experts, Tensor? expert_gain, bool return_next_logit) "
+      "-> (Tensor topk_weights, Tensor topk_ids, Tensor next_logit, Tensor next_id)");
+  m.def(
+      "topk_gating_general_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score_function, "
+      "str score_order, Tensor? expert_mask, bool renormalize, float renormalize_eps, float scale, "
+      "Tensor? grad_next_logit, Tensor? next_id, str weight_source, Tensor? external_weights, "
+      "Tensor? zero_weight_experts, Tensor? expert_gain) -> (Tensor grad_logits, Tensor grad_external_weights)");
+  m.def(
+      "router_losses(Tensor logits, Tensor topk_ids, str score_function, Tensor? token_mask, Tensor? expert_weights, "
+      "str load, int num_sequences) "
       "-> (Tensor balance_loss, Tensor z_loss, Tensor tokens_per_expert, Tensor num_counted)");
   m.def(
       "router_losses_backward(Tensor grad_balance_loss, Tensor grad_z_loss, Tensor logits, Tensor tokens_per_expert, "
-      "Tensor num_counted, str score_function, Tensor? token_mask, int topk) -> Tensor");
+      "Tensor num_counted, str score_function, Tensor? token_mask, Tensor? expert_weights, str load, int topk) "
+      "-> Tensor");
   m.def(
-      "expert_choice_gating(Tensor logits, int capacity, str score_function) "
+      "expert_choice_gating(Tensor logits, SymInt capacity, str score_function) "
       "-> (Tensor topk_weights, Tensor topk_ids)");
   m.def(
       "expert_choice_gating_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score_function) "
@@ -29,7 +42,7 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
 
   // ---- plan: topk_ids [T, K] -> rows sorted by expert
   m.def(
-      "routing_plan(Tensor topk_ids, int num_experts, int? capacity, Tensor? drop_scores, int row_alignment) "
+      "routing_plan(Tensor topk_ids, int num_experts, SymInt? capacity, Tensor? drop_scores, int row_alignment) "
       "-> (Tensor expert_offsets, Tensor tokens_per_expert, Tensor permuted_to_slot, Tensor slot_to_permuted)");
 
   // ---- permutation: [T, H] <-> [M, H]
@@ -49,7 +62,8 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "-> (Tensor output, Tensor pre_activation)");
   m.def(
       "grouped_gemm_wgrad(Tensor input, Tensor grad_output, Tensor expert_offsets, str weight_layout, "
-      "Tensor? permuted_to_slot, Tensor? slot_to_permuted, int topk, ScalarType? out_dtype) -> Tensor");
+      "Tensor? permuted_to_slot, Tensor? slot_to_permuted, int topk, ScalarType? out_dtype, "
+      "Tensor? trainable_experts) -> Tensor");
   m.def("grouped_bias_grad(Tensor grad_output, Tensor expert_offsets, ScalarType? out_dtype) -> Tensor");
 
   // ---- experts: activations, and the whole expert MLP as one op
@@ -63,12 +77,14 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "moe_mlp(Tensor input, Tensor gate_up_weight, Tensor down_weight, Tensor expert_offsets, "
       "Tensor permuted_to_slot, Tensor slot_to_permuted, Tensor? topk_weights, Tensor? gate_up_bias, "
       "Tensor? down_bias, int topk, str weight_layout, str activation, str gate_up_layout, float activation_alpha, "
-      "float activation_limit, bool save_pre_activation) -> (Tensor output, Tensor pre_activation)");
+      "float activation_limit, bool save_pre_activation, Tensor? trainable_experts) "
+      "-> (Tensor output, Tensor pre_activation)");
   m.def(
       "moe_mlp_backward(Tensor grad_output, Tensor input, Tensor gate_up_weight, Tensor down_weight, "
       "Tensor expert_offsets, Tensor permuted_to_slot, Tensor slot_to_permuted, Tensor? topk_weights, "
       "Tensor? gate_up_bias, Tensor? down_bias, Tensor pre_activation, int topk, str weight_layout, str activation, "
-      "str gate_up_layout, float activation_alpha, float activation_limit) "
+      "str gate_up_layout, float activation_alpha, float activation_limit, bool[] output_mask, Tensor? "
+      "trainable_experts) "
       "-> (Tensor grad_input, Tensor grad_gate_up_weight, Tensor grad_down_weight, Tensor grad_topk_weights, "
       "Tensor grad_gate_up_bias, Tensor grad_down_bias)");
 

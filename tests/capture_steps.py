@@ -81,6 +81,10 @@ def make_ops_step(dtype: torch.dtype, device: str) -> Step:
         hidden, logits, up, dn, b = (leaf(x) for x in (inputs[0], inputs[1], gate_up, down, bias))
         weights, ids = moe_ext.topk_gating(logits, TOPK, renormalize=True)
         balance, z, load = moe_ext.router_losses(logits, ids)
+        rare_weights, rare_ids, next_logit = moe_ext.topk_gating(
+            logits, TOPK, forced_ids=ids[:, 0].flip(0), top_p=0.5, min_ratio=0.1, return_next_logit=True
+        )
+        per_sequence, _, _ = moe_ext.router_losses(logits, ids, num_sequences=ids.shape[0])
         plan = moe_ext.routing_plan(ids, NUM_EXPERTS, row_alignment=8)
         capped = moe_ext.routing_plan(ids, NUM_EXPERTS, capacity=20, drop_scores=weights.detach())
         maps = (plan.permuted_to_slot, plan.slot_to_permuted)
@@ -96,8 +100,10 @@ def make_ops_step(dtype: torch.dtype, device: str) -> Step:
         local = moe_ext.a2a_unpack(send_hidden, send_ids, NUM_EXPERTS // NUM_RANKS)
         combined = moe_ext.a2a_combine(send_hidden, sent)
         results = [weights, ids, balance, z, load, *plan, *capped, rows, pre, middle, back, fused, dense, chosen,
-                   send_hidden, send_ids, send_weights, local[0], combined]  # fmt: skip
+                   send_hidden, send_ids, send_weights, local[0], combined, rare_weights, rare_ids, next_logit,
+                   per_sequence]  # fmt: skip
         total = balance + z + (dense * dense).sum() + send_weights.square().sum()
+        total = total + rare_weights.square().sum() + next_logit.sum() + per_sequence
         for output in (back, fused, combined):
             total = total + (output * inputs[2]).float().sum()
         return [*results, *torch.autograd.grad(total, [hidden, logits, up, dn, b])]

@@ -24,7 +24,7 @@ def widened(value: Any) -> Any:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected|| in float64; NaN on either side gives NaN, which passes no comparison."""
-    actual, expected = to_float64(actual), to_float64(expected)
+    actual, expected = to_float64(actual).double(), to_float64(expected).double()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0

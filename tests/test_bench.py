@@ -109,6 +109,16 @@ def test_memory_is_measured_in_a_process_of_its_own(full):
     assert all("torch grouped_mm" in row["peer_peak_bytes"] and row["peak_bytes"] >= 0 for row in rows)
 
 
+def test_zero_computation_experts_stand_against_ffn_experts(tmp_path):
+    path = bench.run(bench.parse(["--profile", "quick", "--tables", "zero", "--rounds", "3", "--out", str(tmp_path)]))
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["direction"] for row in rows] == ["forward", "forward+backward"]
+    assert all(
+        row["best_peer"] == "loop over experts" and "FFN experts in their place" in row["ceiling_seconds"]
+        for row in rows
+    )
+
+
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="needs Linux' /proc")
 def test_memory_counts_what_was_touched():
     layer = shapes.LayerShape("memory", 64, 256, 512, 8, 2)

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Family -> every how many of its tests run; co-prime to the numbers of parameters, so that all values occur.
-FAMILIES = {"gating": 1, "plan": 1, "permutation": 1, "grouped_gemm": 7, "small_rows": 1, "experts": 7, "all_to_all": 1}
+FAMILIES = {
+    "gating": 1, "gating_knobs": 1, "router_losses": 1, "plan": 1, "permutation": 1, "grouped_gemm": 7, "small_rows": 1,
+    "experts": 7, "all_to_all": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

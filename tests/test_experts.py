@@ -213,7 +213,7 @@ def test_strided_inputs(layout, device):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamped", "relu_squared", "gelu"])
+@pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamped", "swiglu_limited", "relu_squared", "gelu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(layout, activation):
     case = Case(
@@ -295,9 +295,63 @@ def test_what_the_backward_keeps(device):
     with torch.no_grad():
         pre_activation = torch.ops.moe_ext.moe_mlp(
             *case.args[:3], *case.plan[:1], *case.plan[2:], *case.args[3:], 2, "enk", "swiglu", "concatenated", 1.7, 7.0,
-            False,
+            False, None,
         )[1]  # fmt: skip
     assert pre_activation.shape == (0, 80)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(50, 24, 40, 3, 2), (90, 72, 136, 3, 2), (0, 8, 16, 3, 2)])
+def test_gradients_that_are_not_asked_for(shape, dtype, device):
+    """Come back empty, and leave the others bitwise as they are."""
+    case = Case(shape, "dropped", dtype=dtype, device=device, bias=True, row_alignment=8)
+    offsets, _, slots, rows = case.plan
+    tensors = (*case.args[:3], offsets, slots, rows, *case.args[3:])
+    settings = (shape[4], "enk", "swiglu", "concatenated", 1.702, 7.0)
+    _, pre_activation = torch.ops.moe_ext.moe_mlp(*tensors, *settings, True, None)
+
+    def run(mask: list[bool]) -> list[Tensor]:
+        return torch.ops.moe_ext.moe_mlp_backward(case.grad, *tensors, pre_activation, *settings, mask, None)
+
+    everything = run([True] * 6)
+    masks = [[place == one for place in range(6)] for one in range(6)]
+    for mask in [*masks, *([not x for x in mask] for mask in masks), [False] * 6]:
+        for got, full, asked_for in zip(run(mask), everything, mask, strict=True):
+            assert torch.equal(got, full) if asked_for else got.shape == (0, *full.shape[1:])
+
+
+def test_frozen_arguments_get_no_gradient(device):
+    """As for a low-rank adapter over a frozen base: input and router weights alone."""
+    case = Case((20, 16, 24, 3, 2), device=device, bias=True)
+    args = [a.detach().requires_grad_(place in (0, 3)) for place, a in enumerate(case.args)]
+    output = case.forward(moe_ext)(*args)
+    output.backward(case.grad)
+    everything = [a.detach().requires_grad_() for a in case.args]
+    full = torch.autograd.grad(case.forward(moe_ext)(*everything), everything, case.grad)
+    for place, (leaf, expected) in enumerate(zip(args, full, strict=True)):
+        assert torch.equal(leaf.grad, expected) if place in (0, 3) else leaf.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_that_are_not_trained(layout, dtype, device):
+    """Zeros for their weights and biases; every other gradient is bitwise what it is without."""
+    for shape in ((33, 17, 13, 5, 2), (90, 72, 136, 5, 2)):
+        case = Case(shape, "zipf", dtype=dtype, device=device, layout=layout, bias=True, row_alignment=8)
+        for trained in ([1, 0, 0, 1, 0], [0] * 5):
+            trainable = torch.tensor(trained, dtype=torch.bool, device=device)
+            args = [a.detach().requires_grad_() for a in case.args]
+            full = torch.autograd.grad(case.forward(moe_ext)(*args), args, case.grad)
+            case.settings["trainable_experts"] = trainable
+            found = torch.autograd.grad(case.forward(moe_ext)(*args), args, case.grad)
+            twin = torch.autograd.grad(case.forward(reference)(*args), args, case.grad)
+            del case.settings["trainable_experts"]
+            for place, (got, everyone, expected) in enumerate(zip(found, full, twin, strict=True)):
+                if place not in (0, 3):
+                    frozen = ~trainable.view(-1, *[1] * (got.dim() - 1))
+                    everyone = everyone.masked_fill(frozen, 0)
+                    assert (expected.masked_select(frozen.expand_as(expected)) == 0).all()
+                assert torch.equal(got, everyone), (shape, place)
 
 
 def test_dropped_tokens_give_zeros_and_no_gradient(device):
@@ -354,17 +408,21 @@ def test_opcheck(device):
     for activation, bias, weighted in (("swiglu", False, True), ("relu", True, True), ("swiglu", True, False)):
         case = Case((6, 8, 4, 3, 2), "dropped", device=device, activation=activation, bias=bias, weighted=weighted)
         offsets, _, slots, rows = case.plan
+        trainable = torch.tensor([True, False, True], device=device) if bias else None
         for grads in (False, True):
             x, gate_up, down, weights, gate_up_bias, down_bias = (
                 None if a is None else a.clone().requires_grad_(grads) for a in case.args
             )
             tensors = (x, gate_up, down, offsets, slots, rows, weights, gate_up_bias, down_bias)
             settings = (2, "enk", activation, "concatenated", 1.702, 7.0)
-            torch.library.opcheck(ops.moe_mlp.default, (*tensors, *settings, True))
+            torch.library.opcheck(ops.moe_mlp.default, (*tensors, *settings, True, trainable))
         tensors = tuple(None if t is None else t.detach() for t in tensors)
-        pre_activation = ops.moe_mlp.default(*tensors, *settings, True)[1]
-        torch.library.opcheck(ops.moe_mlp_backward.default, (case.grad, *tensors, pre_activation, *settings))
-        torch.library.opcheck(ops.moe_mlp.default, (*tensors, *settings, False))
+        pre_activation = ops.moe_mlp.default(*tensors, *settings, True, trainable)[1]
+        for mask in ([True] * 6, [False] * 6):
+            torch.library.opcheck(
+                ops.moe_mlp_backward.default, (case.grad, *tensors, pre_activation, *settings, mask, trainable)
+            )
+        torch.library.opcheck(ops.moe_mlp.default, (*tensors, *settings, False, trainable))
         activated = (activation, "interleaved", 1.702, 7.0)
         torch.library.opcheck(ops.expert_activation.default, (pre_activation.clone().requires_grad_(), *activated))
         half = make_rows(12, 4, dtype=torch.float32, device=device)
@@ -378,7 +436,7 @@ def test_gradient_without_pre_activation_is_an_error(device):
     with pytest.raises(RuntimeError, match="save_pre_activation: expected True"):
         torch.ops.moe_ext.moe_mlp(
             x, gate_up, down, offsets, slots, rows, weights, None, None, 2, "enk", "swiglu", "concatenated", 1.7, 7.0,
-            False,
+            False, None,
         )  # fmt: skip
 
 
@@ -396,6 +454,14 @@ def on(d: str, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*sizes, dtype=dtype, device=d)
 
 
+def make_backward_call(d: str, output_mask: list[bool]) -> Tensor:
+    offsets, _, slots, rows = moe_ext.routing_plan(make_topk_ids(4, 3, 2, "uniform", d), 3)
+    return torch.ops.moe_ext.moe_mlp_backward(
+        on(d, 4, 8), on(d, 4, 8), on(d, 3, 8, 8), on(d, 3, 8, 4), offsets, slots, rows, None, None, None, on(d, 8, 8), 2,
+        "enk", "swiglu", "concatenated", 1.7, 7.0, output_mask, None,
+    )  # fmt: skip
+
+
 BAD_CALLS = [
     ("integer rows", lambda d: moe_ext.expert_activation(on(d, 2, 4, dtype=torch.int32)), r"pre_activation: expected float32, bfloat16, float16 or float64 \[num_rows, width\], got int32 \[2, 4\]"),
     ("rows of one axis", lambda d: moe_ext.expert_activation(on(d, 4)), r"pre_activation: expected .*got float32 \[4\]"),
@@ -403,6 +469,10 @@ BAD_CALLS = [
     ("no activation", lambda d: moe_ext.expert_activation(on(d, 2, 4), "none"), "activation: expected one of " + ", ".join(ACTIVATIONS) + ", got none"),
     ("unknown gate layout", lambda d: moe_ext.expert_activation(on(d, 2, 4), gate_up_layout=""), r"gate_up_layout: expected concatenated or interleaved, got "),
     ("zero limit", lambda d: moe_ext.expert_activation(on(d, 2, 4), "swiglu_clamped", activation_limit=0.0), r"activation_limit: expected a number > 0, got 0"),
+    ("negative limit", lambda d: moe_ext.expert_activation(on(d, 2, 4), "swiglu_limited", activation_limit=-1.0), r"activation_limit: expected a number > 0, got -1"),
+    ("short output mask", lambda d: make_backward_call(d, [True]), r"output_mask: expected 6 entries, one for each gradient, got 1"),
+    ("float trainable", lambda d: make_call(d, trainable_experts=on(d, 3)), r"trainable_experts: expected bool \[num_experts\], got float32 \[3\]"),
+    ("trainable of another size", lambda d: make_call(d, trainable_experts=on(d, 2, dtype=torch.bool)), r"trainable_experts: expected size 3 \(num_experts"),
     ("integer input", lambda d: make_call(d, input=on(d, 4, 8, dtype=torch.int64)), r"input: expected float32, .* \[num_tokens, hidden_size\], got int64 \[4, 8\]"),
     ("other tokens", lambda d: make_call(d, input=on(d, 3, 8)), r"slot_to_permuted: expected|input: expected size"),
     ("bf16 gate_up", lambda d: make_call(d, gate_up_weight=on(d, 3, 8, 8, dtype=torch.bfloat16)), r"gate_up_weight: expected float32 \[num_experts, gate and up columns, hidden_size\], got bfloat16 \[3, 8, 8\]"),

@@ -92,7 +92,7 @@ def test_bias_mask_and_groups(shape, score_function, score_order, biased, mask, 
 
     def apply(family):
         def run(x):
-            wide = bias if bias is None or x.dtype != torch.float64 else bias.double().cpu()
+            wide = bias if bias is None or x.dtype != torch.float64 else bias.double()
             here = {k: v.to(x.device) if isinstance(v, Tensor) else v for k, v in options.items()}
             return family.topk_gating(x, topk, selection_bias=wide, **here)
 
@@ -256,67 +256,6 @@ def test_too_few_allowed(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("masked", [False, True])
-def test_router_losses(shape, score_function, dtype, masked, device):
-    num_tokens, num_experts, topk = shape
-    logits = make_rows(num_tokens, num_experts, dtype=dtype, device=device)
-    if score_function == "identity":
-        logits = logits.abs() + 0.25
-    ids = make_topk_ids(num_tokens, num_experts, topk, "dropped", device)
-    mask = (torch.arange(num_tokens) % 3 != 1).to(device) if masked else None
-
-    def apply(family):
-        def run(x, choice, counted):
-            counted = None if counted is None else counted.to(x.device)
-            return family.router_losses(x, choice.to(x.device), score_function=score_function, token_mask=counted)
-
-        return run
-
-    grads = [torch.tensor(0.7), torch.tensor(-0.3)]
-    for source in (logits, non_contiguous(logits)):
-        assert_matches_reference(apply(moe_ext), apply(reference), (source, ids, mask), grads)
-    assert_deterministic(apply(moe_ext), (logits, ids, mask), [g.to(device) for g in grads])
-
-
-def test_router_losses_count_int64_ids(device):
-    ids = make_topk_ids(30, 6, 2, "dropped", device)
-    logits = make_rows(30, 6, dtype=torch.float32, device=device)
-    far = torch.where(ids < 0, -(2**40), ids.long())
-    for narrow, wide in zip(moe_ext.router_losses(logits, ids), moe_ext.router_losses(logits, far), strict=True):
-        assert torch.equal(narrow, wide)
-
-
-def test_one_of_the_losses_alone(device):
-    """The gradient that autograd leaves out counts as zero; a masked token gets none, whatever it holds."""
-    logits = make_rows(9, 5, dtype=torch.float32, device=device)
-    logits[4] = NAN
-    counted = torch.arange(9, device=device) != 4
-    ids = make_topk_ids(9, 5, 2, "uniform", device)
-    total = torch.zeros_like(logits)
-    leaf = logits.clone().requires_grad_()
-    losses = moe_ext.router_losses(leaf, ids, token_mask=counted)[:2]
-    for loss in losses:
-        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-        assert loss.isfinite() and grad.isfinite().all() and (grad[4] == 0).all() and (grad != 0).any()
-        total += grad
-    (both,) = torch.autograd.grad(losses[0] + losses[1], leaf)
-    torch.testing.assert_close(both, total)
-
-
-def test_balance_loss_of_uniform_routing_is_one(device):
-    logits = torch.zeros(64, 8, device=device)
-    ids = torch.arange(128, device=device).remainder(8).view(64, 2)
-    balance, z, counts = moe_ext.router_losses(logits, ids)
-    torch.testing.assert_close(balance.item(), 1.0)
-    torch.testing.assert_close(z.item(), torch.tensor(8.0).log().square().item())
-    assert (counts == 16).all()
-    nobody = torch.zeros(64, dtype=torch.bool, device=device)
-    assert [x.sum().item() for x in moe_ext.router_losses(logits, ids, token_mask=nobody)] == [0, 0, 0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
 @pytest.mark.parametrize(
     "num_tokens, num_experts, capacity",
     [(0, 4, 2), (40, 7, 5), (9, 33, 20), (700, 3, 90), (6, 4, 0), (70, 40, 70), (5, 1030, 3)],
@@ -422,12 +361,9 @@ def test_gradcheck_topk(score_function, score_order, renormalize):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("score_function", SCORE_FUNCTIONS)
-def test_gradcheck_losses_and_expert_choice(score_function):
+def test_gradcheck_expert_choice(score_function):
     logits = (make_rows(5, 4, dtype=torch.float64) + 4).requires_grad_()  # no ties inside a column
-    ids = make_topk_ids(5, 4, 2, "zipf")
-    mask = torch.tensor([1, 1, 0, 1, 1], dtype=torch.bool)
     options = dict(score_function=score_function)
-    assert torch.autograd.gradcheck(lambda x: moe_ext.router_losses(x, ids, token_mask=mask, **options)[:2], (logits,))
     assert torch.autograd.gradcheck(lambda x: moe_ext.expert_choice_gating(x, 2, **options)[0], (logits,))
 
 
@@ -435,20 +371,27 @@ def test_opcheck(device):
     ops = torch.ops.moe_ext
     logits = make_logits(6, 8, torch.float32, device)
     bias, mask = torch.zeros(8, device=device), torch.ones(8, dtype=torch.bool, device=device)
-    weights, ids = moe_ext.topk_gating(logits, 2)
+    weights, ids, next_logit = moe_ext.topk_gating(logits, 2, return_next_logit=True)
     one = torch.tensor(1.0, device=device)
     tokens = torch.ones(6, dtype=torch.bool, device=device)
+    common = ("softmax", "score_then_select", bias, mask, 4, 3, True, 0.0, 1.0)
+    external = weights.new_ones(6, 8)
+    knobs = (1, ids[:, 0], 0.9, 0.1, tokens, "external", external, mask, bias, True)
+    no_knobs = (0, None, None, None, None, "scores", None, None, None, False)
     for x in (logits, logits.clone().requires_grad_()):
-        torch.library.opcheck(
-            ops.topk_gating.default, (x, 2, "softmax", "score_then_select", bias, mask, 4, 2, True, 0.0, 1.0)
-        )
-        torch.library.opcheck(ops.router_losses.default, (x, ids, "sigmoid", tokens))
+        torch.library.opcheck(ops.topk_gating.default, (x, 2, *common))
+        for rest in (knobs, no_knobs):
+            torch.library.opcheck(ops.topk_gating_general.default, (x, 2, *common, *rest))
+        torch.library.opcheck(ops.router_losses.default, (x, ids, "sigmoid", tokens, bias, "fraction", 3))
         torch.library.opcheck(ops.expert_choice_gating.default, (x, 3, "softmax"))
+    gradients = (weights, logits, ids, "softmax", "score_then_select", mask, True, 0.0, 1.0)
+    torch.library.opcheck(ops.topk_gating_backward.default, gradients)
+    for rest in ((None, None, "scores", None, None, None), (next_logit, ids[:, 1], "external", external, mask, bias)):
+        torch.library.opcheck(ops.topk_gating_general_backward.default, (*gradients, *rest))
+    _, _, counts, counted = ops.router_losses(logits, ids, "softmax", None, bias, "count", 2)
     torch.library.opcheck(
-        ops.topk_gating_backward.default, (weights, logits, ids, "softmax", "score_then_select", None, True, 0.0, 1.0)
+        ops.router_losses_backward.default, (one, one, logits, counts, counted, "softmax", None, bias, "count", 2)
     )
-    _, _, counts, counted = ops.router_losses(logits, ids, "softmax", None)
-    torch.library.opcheck(ops.router_losses_backward.default, (one, one, logits, counts, counted, "softmax", None, 2))
     dense, chosen = moe_ext.expert_choice_gating(logits, 3)
     torch.library.opcheck(ops.expert_choice_gating_backward.default, (dense, logits, chosen, "softmax"))
 
@@ -487,10 +430,6 @@ BAD_CALLS = [
     ("bias of another size", lambda d: moe_ext.topk_gating(logits_on(d), 2, selection_bias=torch.zeros(7, device=d)), r"selection_bias: expected size 8 \(num_experts, as in logits\)"),
     ("float mask", lambda d: moe_ext.topk_gating(logits_on(d), 2, expert_mask=torch.ones(8, device=d)), r"expert_mask: expected bool \[num_experts\] or \[num_tokens, num_experts\], got float32 \[8\]"),
     ("mask of other tokens", lambda d: moe_ext.topk_gating(logits_on(d), 2, expert_mask=torch.ones(4, 8, device=d).bool()), r"expert_mask: expected size 5 \(num_tokens, as in logits\)"),
-    ("losses: float ids", lambda d: moe_ext.router_losses(logits_on(d), logits_on(d)), r"topk_ids: expected int32 or int64 \[num_tokens, topk\], got float32 \[5, 8\]"),
-    ("losses: ids of other tokens", lambda d: moe_ext.router_losses(logits_on(d), torch.zeros(4, 2, device=d).int()), r"topk_ids: expected size 5 \(num_tokens, as in logits\)"),
-    ("losses: no ids", lambda d: moe_ext.router_losses(logits_on(d), torch.zeros(5, 0, device=d).int()), r"topk, the columns of topk_ids: expected an integer >= 1, got 0"),
-    ("losses: float mask", lambda d: moe_ext.router_losses(logits_on(d), torch.zeros(5, 2, device=d).int(), token_mask=torch.ones(5, device=d)), r"token_mask: expected bool \[num_tokens\], got float32 \[5\]"),
     ("expert choice: negative capacity", lambda d: moe_ext.expert_choice_gating(logits_on(d), -1), r"capacity: expected an integer >= 0, got -1"),
     ("expert choice: unknown score", lambda d: moe_ext.expert_choice_gating(logits_on(d), 1, score_function="tanh"), r"score_function: expected softmax"),
 ]  # fmt: skip

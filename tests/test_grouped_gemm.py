@@ -128,6 +128,39 @@ def test_tensor_cores_fused(activation, gate_up_layout, layout, gather, bias, dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("shape", [(33, 17, 13, 5, 2), (120, 136, 72, 5, 2)])
+def test_experts_that_are_not_trained(shape, gather, layout, dtype, device):
+    """Zeros, whatever their rows hold, since no product is made of them; the others bitwise as without."""
+    case = Case(shape, "zipf", dtype=dtype, device=device, layout=layout, gather=gather)
+    spoilt = case.grad.clone()
+    spoilt[case.offsets[1] : case.offsets[2]] = float("nan")
+    for trained in ([1, 0, 1, 0, 1], [0] * 5, [1, 0, 0, 0, 0]):
+        trainable = torch.tensor(trained, dtype=torch.bool, device=device)
+        for out_dtype in (None, torch.float32):
+            full = moe_ext.grouped_gemm_wgrad(case.input, case.grad, case.offsets, **case.settings, out_dtype=out_dtype)
+            found = moe_ext.grouped_gemm_wgrad(
+                case.input, spoilt, case.offsets, **case.settings, out_dtype=out_dtype, trainable_experts=trainable
+            )
+            assert torch.equal(found, full.masked_fill(~trainable[:, None, None], 0))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("gather", [False, True])
+def test_gradcheck_of_experts_that_are_not_trained(gather):
+    case = Case((5, 4, 3, 3, 2), dtype=torch.float64, gather=gather)
+    trainable = torch.tensor([True, False, True])
+
+    def wgrad(module):
+        return lambda x, g: module.grouped_gemm_wgrad(x, g, case.offsets, **case.settings, trainable_experts=trainable)
+
+    args = (case.input.requires_grad_(), case.grad.requires_grad_())
+    assert torch.autograd.gradcheck(wgrad(moe_ext), args)
+    torch.testing.assert_close(wgrad(moe_ext)(*args), wgrad(reference)(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_stay_with_their_expert(bad, layout, dtype, device):
     """An infinity or NaN in the rows of one expert, or in its weight, reaches no other expert's results."""
@@ -378,7 +411,10 @@ def test_opcheck(device):
                 rest = (*maps, activation, "concatenated", 1.702, 7.0, save)
                 torch.library.opcheck(ops.grouped_gemm.default, (x, w, case.offsets, "enk", b, *rest))
                 g = case.grad.clone().requires_grad_(grads)
-                torch.library.opcheck(ops.grouped_gemm_wgrad.default, (x, g, case.offsets, "ekn", *maps, None))
+                for trainable in (None, torch.tensor([True, False, True], device=device)):
+                    torch.library.opcheck(
+                        ops.grouped_gemm_wgrad.default, (x, g, case.offsets, "ekn", *maps, None, trainable)
+                    )
                 torch.library.opcheck(ops.grouped_bias_grad.default, (g, case.offsets, torch.float32))
     torch.library.opcheck(ops.grouped_gemm.default, (x.detach(), w, case.offsets, "enk", None, *maps, "silu", "concatenated", 1.702, 7.0, True))  # fmt: skip
 
@@ -431,6 +467,7 @@ BAD_CALLS = [
     ("wgrad rows", lambda d: make_call(d, "grouped_gemm_wgrad", grad_output=on(d, 7, 6)), r"grad_output: expected size 8 \(num_rows, as in input\) in dimension 0, got float32 \[7, 6\]"),
     ("wgrad dtypes", lambda d: make_call(d, "grouped_gemm_wgrad", grad_output=on(d, 8, 6, dtype=torch.float16)), r"grad_output: expected float32 \[num_rows, out_features\], got float16 \[8, 6\]"),
     ("wgrad to bf16", lambda d: make_call(d, "grouped_gemm_wgrad", out_dtype=torch.bfloat16), r"out_dtype: expected float32, the dtype of input, or float32, got bfloat16"),
+    ("wgrad trainable", lambda d: make_call(d, "grouped_gemm_wgrad", trainable_experts=on(d, 4, dtype=torch.bool)), r"trainable_experts: expected size 3 \(num_experts, the length of expert_offsets - 1\)"),
     ("wgrad layout", lambda d: make_call(d, "grouped_gemm_wgrad", weight_layout=""), r"weight_layout: expected enk or ekn"),
     ("bias grad of one axis", lambda d: make_call(d, "grouped_bias_grad", grad_output=on(d, 8)), r"grad_output: expected .*\[num_rows, out_features\], got float32 \[8\]"),
     ("bias grad to int", lambda d: make_call(d, "grouped_bias_grad", out_dtype=torch.int32), r"out_dtype: expected float32"),

@@ -23,7 +23,7 @@ SMALL = {
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size"), 12),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 5),
 }
-NOT_FUSED = {"DeepseekV4Experts", "Glm5NextTextExperts", "HYV4Experts", "Inkling2Experts", "MuseSparkExperts"}
+NOT_FUSED = {"Inkling2Experts", "MuseSparkExperts"}
 # Their own forward computes in float32, whatever the inputs.
 FLOAT32 = {"BeamExperts", "Inkling2Experts", "MuseSparkExperts", "OpenAIPrivacyFilterExperts"}
 
@@ -120,6 +120,16 @@ def test_another_activation_of_the_same_class_is_noticed():
     experts.act_fn = torch.nn.PReLU().double()
     with pytest.warns(UserWarning, match="its activation is not one of moe_ext's"):
         assert fused_activation(experts) is None
+
+
+def test_limited_swiglu_takes_the_modules_number():
+    experts = make_experts("transformers.models.deepseek_v4.modeling_deepseek_v4", "DeepseekV4Experts")
+    experts.limit = 0.5
+    found = fused_activation(experts)
+    assert (found.name, found.gate_up_layout, found.limit) == ("swiglu_limited", "concatenated", 0.5)
+    arguments = make_arguments(experts)
+    for ours, theirs in zip(run(experts, "moe_ext", arguments), run(experts, "eager", arguments), strict=True):
+        assert relative_error(ours, theirs) < 1e-12
 
 
 def test_clamped_swiglu_takes_the_modules_numbers():

@@ -25,6 +25,7 @@ enum class Activation : int {
   kReluSquared,
   kSwiglu,
   kSwigluClamped,
+  kSwigluLimited,
   kGeglu,
   kGegluTanh,
   kReglu,
@@ -32,18 +33,22 @@ enum class Activation : int {
 
 // In the order of the enum.
 inline constexpr const char* kActivationNames[] = {
-    "none",         "silu",   "gelu",           "gelu_tanh", "quick_gelu", "relu",
-    "relu_squared", "swiglu", "swiglu_clamped", "geglu",     "geglu_tanh", "reglu",
+    "none",   "silu",           "gelu",           "gelu_tanh", "quick_gelu", "relu",  "relu_squared",
+    "swiglu", "swiglu_clamped", "swiglu_limited", "geglu",     "geglu_tanh", "reglu",
 };
 
 // Gated activations come last in the enum.
 MOE_HOST_DEVICE constexpr bool is_gated(Activation kind) { return kind >= Activation::kSwiglu; }
 
+MOE_HOST_DEVICE constexpr bool is_clamped(Activation kind) {
+  return kind == Activation::kSwigluClamped || kind == Activation::kSwigluLimited;
+}
+
 struct ActivationSpec {
   Activation kind = Activation::kNone;
   bool interleaved = false;
   double alpha = 1.702;  // swiglu_clamped only
-  double limit = 7.0;    // swiglu_clamped only
+  double limit = 7.0;    // of what is_clamped
 
   bool gated() const { return is_gated(kind); }
   int64_t output_width(int64_t width) const { return gated() ? width / 2 : width; }
@@ -72,8 +77,7 @@ inline ActivationSpec check_activation(const std::string& activation, const std:
   spec.interleaved = gate_up_layout == "interleaved";
   spec.alpha = alpha;
   spec.limit = limit;
-  MOE_CHECK(spec.kind != Activation::kSwigluClamped || limit > 0, "activation_limit: expected a number > 0, got ",
-            limit);
+  MOE_CHECK(!is_clamped(spec.kind) || limit > 0, "activation_limit: expected a number > 0, got ", limit);
   MOE_CHECK(!spec.gated() || width % 2 == 0, "activation: ", activation,
             " needs an even number of gate and up columns, got ", width);
   return spec;
@@ -138,14 +142,16 @@ struct Gated {
 template <Activation kind, typename T>
 MOE_HOST_DEVICE_INLINE Gated<T> gated_function(T gate, T up, T alpha, T limit) {
   static_assert(is_gated(kind));
-  if constexpr (kind == Activation::kSwigluClamped) {
-    // gpt-oss: gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above, up from both sides. No
-    // gradient passes at the limit itself, as in torch.clamp since 2.14.
+  if constexpr (is_clamped(kind)) {
+    // The gate is clamped from above, up from both sides. gpt-oss: gate * sigmoid(alpha * gate) * (up + 1);
+    // DeepSeek-V4: silu(gate) * up. No gradient passes at the limit itself, as in torch.clamp since 2.14.
+    constexpr bool limited = kind == Activation::kSwigluLimited;
     const T g = gate > limit ? limit : gate;
     const T u = up > limit ? limit : (up < -limit ? -limit : up);
-    const T s = sigmoid(alpha * g);
-    const T gate_derivative = s * (T(1) + alpha * g * (T(1) - s)) * (u + T(1));
-    return {g * s * (u + T(1)), gate >= limit ? T(0) : gate_derivative, up >= limit || up <= -limit ? T(0) : g * s};
+    const T slope = limited ? T(1) : alpha, factor = limited ? u : u + T(1);
+    const T s = sigmoid(slope * g);
+    const T gate_derivative = s * (T(1) + slope * g * (T(1) - s)) * factor;
+    return {g * s * factor, gate >= limit ? T(0) : gate_derivative, up >= limit || up <= -limit ? T(0) : g * s};
   } else {
     const ValueAndDerivative<T> f = scalar_function<kind>(gate);
     return {f.value * up, f.derivative * up, f.value};
@@ -170,6 +176,7 @@ void dispatch_activation(Activation kind, Body&& body) {
     case Activation::kReluSquared: return body(ActivationTag<Activation::kReluSquared>{});
     case Activation::kSwiglu: return body(ActivationTag<Activation::kSwiglu>{});
     case Activation::kSwigluClamped: return body(ActivationTag<Activation::kSwigluClamped>{});
+    case Activation::kSwigluLimited: return body(ActivationTag<Activation::kSwigluLimited>{});
     case Activation::kGeglu: return body(ActivationTag<Activation::kGeglu>{});
     case Activation::kGegluTanh: return body(ActivationTag<Activation::kGegluTanh>{});
     case Activation::kReglu: return body(ActivationTag<Activation::kReglu>{});

@@ -95,6 +95,7 @@ __device__ void dispatch_on_device(Activation kind, Body&& body) {
   } else {
     switch (kind) {
       case Activation::kSwigluClamped: return body(ActivationTag<Activation::kSwigluClamped>{});
+      case Activation::kSwigluLimited: return body(ActivationTag<Activation::kSwigluLimited>{});
       case Activation::kGeglu: return body(ActivationTag<Activation::kGeglu>{});
       case Activation::kGegluTanh: return body(ActivationTag<Activation::kGegluTanh>{});
       case Activation::kReglu: return body(ActivationTag<Activation::kReglu>{});

@@ -1,18 +1,38 @@
 // moe_mlp: the whole expert MLP from tokens to tokens.
 //   H = gather(input) @ gate_up + gate_up_bias        the pre-activation, [M, 2I] (gated) or [M, I]
 //   output = sum over a token's rows of topk_weight * (activation(H) @ down + down_bias), in fp32
-// moe_mlp_backward needs input, H and the plan; nothing else of size [M, ...] is kept.
-// On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); moe_mlp_compose.h makes CUDA's of grouped
-// GEMMs and row kernels.
+// moe_mlp_backward needs input, H and the plan; nothing else of size [M, ...] is kept. Of experts that
+// trainable_experts leaves out it returns zeros for the weights, without a product; their biases' gradients it leaves
+// to the caller. On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); moe_mlp_compose.h makes CUDA's
+// of grouped GEMMs and row kernels.
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "../grouped_gemm/groups.h"
 #include "../permutation/unpermute.h"
 #include "activation.h"
 
 namespace moe_ext {
+
+// Which gradients moe_mlp_backward computes: output_mask, in the order of its results. What is not asked for, or has no
+// argument, comes back empty and costs no product.
+struct MlpGradientMask {
+  bool input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias;
+};
+
+inline MlpGradientMask check_output_mask(const std::vector<bool>& output_mask, bool has_topk_weights,
+                                         bool has_gate_up_bias, bool has_down_bias) {
+  MOE_CHECK(output_mask.size() == 6, "output_mask: expected 6 entries, one for each gradient, got ",
+            output_mask.size());
+  return {output_mask[0],
+          output_mask[1],
+          output_mask[2],
+          output_mask[3] && has_topk_weights,
+          output_mask[4] && has_gate_up_bias,
+          output_mask[5] && has_down_bias};
+}
 
 struct MlpShape {
   RowMaps maps;
@@ -98,13 +118,14 @@ inline MlpShape check_moe_mlp_backward(const Tensor& grad_output, const Tensor& 
       const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,     \
       const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,               \
       std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,        \
-      double activation_limit, bool save_pre_activation);                                                            \
+      double activation_limit, bool save_pre_activation, const std::optional<Tensor>& trainable_experts);            \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                       \
       const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,       \
       const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                  \
       const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                          \
       const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
-      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit);
+      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit,          \
+      std::vector<bool> output_mask, const std::optional<Tensor>& trainable_experts);
 namespace cpu {
 MOE_DECLARE_MOE_MLP
 }

@@ -23,12 +23,13 @@ void clear_rows(Tensor& tensor, int64_t first, int64_t last) {
 
 char* data_of(Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
-// Weight gradients of experts without rows are zeros.
-void clear_unused_experts(Tensor& gradient, const std::vector<int64_t>& boundaries) {
+// Weight gradients of experts without rows, or that are not trained, are zeros.
+void clear_unused_experts(Tensor& gradient, const std::vector<int64_t>& boundaries, const bool* trains) {
   const int64_t bytes = gradient.size(1) * gradient.size(2) * static_cast<int64_t>(gradient.element_size());
   parallel_rows(gradient.size(0), bytes, [&](int64_t first, int64_t last) {
     for (int64_t expert = first; expert < last; ++expert) {
-      if (boundaries[expert] == boundaries[expert + 1]) std::memset(data_of(gradient) + expert * bytes, 0, bytes);
+      const bool unused = boundaries[expert] == boundaries[expert + 1] || (trains && !trains[expert]);
+      if (unused) std::memset(data_of(gradient) + expert * bytes, 0, bytes);
     }
   });
 }
@@ -43,11 +44,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
     const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,
     const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout,
-    std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit) {
+    std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit,
+    std::vector<bool> output_mask, const std::optional<Tensor>& trainable_experts) {
   const MlpShape shape =
       check_moe_mlp_backward(grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
                              slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
                              weight_layout, activation, gate_up_layout, activation_alpha, activation_limit);
+  const MlpGradientMask wanted =
+      check_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
+  check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
+  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
+  const bool* trains = trainable ? trainable->const_data_ptr<bool>() : nullptr;
   const bool enk = check_weight_layout(weight_layout) == WeightLayout::kENK;
   // The layout under which the same memory multiplies gradients.
   const WeightLayout backward_layout = enk ? WeightLayout::kEKN : WeightLayout::kENK;
@@ -65,17 +72,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const auto num_groups = static_cast<int64_t>(groups.size());
   const GemmKernels& kernels = choose_kernels(dtype, dtype);
 
-  Tensor grad_gate_up = new_empty_large(input, {num_experts, enk ? width : hidden, enk ? hidden : width}, dtype);
-  Tensor grad_down = new_empty_large(input, {num_experts, enk ? hidden : inner, enk ? inner : hidden}, dtype);
-  Tensor grad_rows = new_empty_large(input, {num_rows, hidden});
+  Tensor grad_gate_up = new_empty_large(
+      input, {wanted.gate_up_weight ? num_experts : 0, enk ? width : hidden, enk ? hidden : width}, dtype);
+  Tensor grad_down =
+      new_empty_large(input, {wanted.down_weight ? num_experts : 0, enk ? hidden : inner, enk ? inner : hidden}, dtype);
+  Tensor grad_rows = new_empty_large(input, {wanted.input ? num_rows : 0, hidden});
   // Dropped slots have no row: their weight gradient stays zero.
-  Tensor grad_weights = torch::stable::new_zeros(input, {weights ? maps.num_tokens : 0, topk}, router_dtype(dtype));
-  Tensor grad_up_bias = gate_up_bias ? torch::stable::new_zeros(input, {num_experts, width})
-                                     : torch::stable::new_empty(input, {0, width});
-  clear_rows(grad_rows, 0, boundaries.front());
-  clear_rows(grad_rows, boundaries.back(), num_rows);
-  clear_unused_experts(grad_gate_up, boundaries);
-  clear_unused_experts(grad_down, boundaries);
+  Tensor grad_weights =
+      torch::stable::new_zeros(input, {wanted.topk_weights ? maps.num_tokens : 0, topk}, router_dtype(dtype));
+  Tensor grad_up_bias = torch::stable::new_zeros(input, {wanted.gate_up_bias ? num_experts : 0, width});
+  if (wanted.input) {
+    clear_rows(grad_rows, 0, boundaries.front());
+    clear_rows(grad_rows, boundaries.back(), num_rows);
+  }
+  clear_unused_experts(grad_gate_up, boundaries, trains);
+  clear_unused_experts(grad_down, boundaries, trains);
   const bool stream = static_cast<int64_t>(grad_gate_up.numel()) * size > kStreamedBytes;
 
   // What a stage multiplies; the rows that it reads or writes need no memory yet to be cut into tiles.
@@ -127,8 +138,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
       },
       [&](int64_t index, TileQueue::Counter waits, TileQueue::Counter done) {
         const auto group = static_cast<int32_t>(index);
-        for (const int32_t stage : {kDownWeight, kGateUpWeight, kInputRows}) {
-          queue.add(stage, group, grid_of(stage, groups[index]), waits, done);
+        const bool trained = !trains || trains[groups[index].expert];
+        for (const auto& [stage, runs] : {std::pair{kDownWeight, wanted.down_weight && trained},
+                                          {kGateUpWeight, wanted.gate_up_weight && trained},
+                                          {kInputRows, wanted.input}}) {
+          if (runs) queue.add(stage, group, grid_of(stage, groups[index]), waits, done);
         }
         queue.add(kRowSums, group, Tile{}, waits, done);
       });
@@ -151,20 +165,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
       case kInputRows: write(data_of(grad_rows) + group.begin * hidden * size, false); break;
       case kRowSums: {
         const char* added = bias ? static_cast<const char*>(bias->const_data_ptr()) : nullptr;
-        if (weights) {
+        if (wanted.topk_weights) {
           down_gradient.sum_dots(rows, group.rows, static_cast<const char*>(gradient.const_data_ptr()),
                                  added ? added + group.expert * hidden * size : nullptr, hidden, data_of(grad_weights));
         }
-        if (gate_up_bias) {
+        if (wanted.gate_up_bias) {
           down_gradient.sum_rows(rows.grad_pre_activation, group.rows, width,
                                  data_of(grad_up_bias) + group.expert * width * size);
         }
       }
     }
   });
-  Tensor grad_down_bias = down_bias ? sum_rows_by_expert(gradient, expert_offsets, slots, weights, topk, dtype)
-                                    : torch::stable::new_empty(input, {0, hidden});
-  return {unpermute(grad_rows, permuted_to_slot, slot_to_permuted, std::nullopt, topk),
+  Tensor grad_down_bias = wanted.down_bias ? sum_rows_by_expert(gradient, expert_offsets, slots, weights, topk, dtype)
+                                           : torch::stable::new_empty(input, {0, hidden});
+  return {wanted.input ? unpermute(grad_rows, permuted_to_slot, slot_to_permuted, std::nullopt, topk) : grad_rows,
           grad_gate_up,
           grad_down,
           grad_weights,

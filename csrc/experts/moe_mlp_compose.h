@@ -23,10 +23,12 @@ std::tuple<Tensor, Tensor> compose_moe_mlp(const Tensor& input, const Tensor& ga
                                            const std::optional<Tensor>& down_bias, int64_t topk,
                                            const std::string& weight_layout, const std::string& activation,
                                            const std::string& gate_up_layout, double activation_alpha,
-                                           double activation_limit, bool save_pre_activation) {
-  check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot, slot_to_permuted, topk_weights,
-                gate_up_bias, down_bias, topk, weight_layout, activation, gate_up_layout, activation_alpha,
-                activation_limit);
+                                           double activation_limit, bool save_pre_activation,
+                                           const std::optional<Tensor>& trainable_experts) {
+  const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
+                                       slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
+                                       activation, gate_up_layout, activation_alpha, activation_limit);
+  check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
   auto [activated, pre_activation] = Backend::grouped_gemm(
       input, gate_up_weight, expert_offsets, weight_layout, gate_up_bias, permuted_to_slot, slot_to_permuted, topk,
       activation, gate_up_layout, activation_alpha, activation_limit, save_pre_activation);
@@ -50,11 +52,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
     const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,
     const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk,
     const std::string& weight_layout, const std::string& activation, const std::string& gate_up_layout,
-    double activation_alpha, double activation_limit) {
+    double activation_alpha, double activation_limit, const std::vector<bool>& output_mask,
+    const std::optional<Tensor>& trainable_experts) {
   const MlpShape shape =
       check_moe_mlp_backward(grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
                              slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
                              weight_layout, activation, gate_up_layout, activation_alpha, activation_limit);
+  const MlpGradientMask wanted =
+      check_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
   const std::string backward_layout = transposed_layout(weight_layout);
   const auto grouped_gemm = [&](const GatheredRows& a, const Tensor& weight) {
     return std::get<0>(Backend::grouped_gemm(a.rows, weight, expert_offsets, backward_layout, std::nullopt,
@@ -77,24 +82,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
   const GatheredRows grad_rows = gather(gradient);
   const MlpRowGradients row_gradients =
       fused ? *fused : Backend::mlp_rows_backward(mlp_rows, grouped_gemm(grad_rows, down_weight));
+  const auto empty_like = [&](const Tensor& weight) {
+    return torch::stable::new_empty(weight, {0, weight.size(1), weight.size(2)});
+  };
   // The gathered side is wgrad's `input`, so the two factors of the down projection change places.
+  const auto weight_gradient = [&](const GatheredRows& a, const Tensor& grad, const std::string& layout) {
+    return Backend::grouped_gemm_wgrad(a.rows, grad, expert_offsets, layout, a.permuted_to_slot, a.slot_to_permuted,
+                                       topk, std::nullopt, trainable_experts);
+  };
   const Tensor grad_down_weight =
-      Backend::grouped_gemm_wgrad(grad_rows.rows, row_gradients.scaled, expert_offsets, backward_layout,
-                                  grad_rows.permuted_to_slot, grad_rows.slot_to_permuted, topk, std::nullopt);
-  const GatheredRows input_rows = gather(input);
+      wanted.down_weight ? weight_gradient(grad_rows, row_gradients.scaled, backward_layout) : empty_like(down_weight);
   const Tensor grad_gate_up_weight =
-      Backend::grouped_gemm_wgrad(input_rows.rows, row_gradients.grad_pre_activation, expert_offsets, weight_layout,
-                                  input_rows.permuted_to_slot, input_rows.slot_to_permuted, topk, std::nullopt);
+      wanted.gate_up_weight ? weight_gradient(gather(input), row_gradients.grad_pre_activation, weight_layout)
+                            : empty_like(gate_up_weight);
   const Tensor grad_input =
-      Backend::unpermute(grouped_gemm({row_gradients.grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight),
-                         slots, slot_to_permuted, std::nullopt, topk);
+      wanted.input ? Backend::unpermute(
+                         grouped_gemm({row_gradients.grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight),
+                         slots, slot_to_permuted, std::nullopt, topk)
+                   : torch::stable::new_empty(input, {0, shape.hidden_size});
+  const Tensor grad_topk_weights = wanted.topk_weights
+                                       ? row_gradients.grad_topk_weights
+                                       : torch::stable::new_empty(row_gradients.grad_topk_weights, {0, topk});
   const Tensor grad_gate_up_bias =
-      gate_up_bias ? Backend::grouped_bias_grad(row_gradients.grad_pre_activation, expert_offsets, std::nullopt)
-                   : torch::stable::new_empty(input, {0, shape.gate_up_width});
-  const Tensor grad_down_bias = down_bias ? Backend::down_bias_grad(mlp_rows, down_bias->scalar_type())
-                                          : torch::stable::new_empty(input, {0, shape.hidden_size});
-  return {grad_input,        grad_gate_up_weight, grad_down_weight, row_gradients.grad_topk_weights,
-          grad_gate_up_bias, grad_down_bias};
+      wanted.gate_up_bias ? Backend::grouped_bias_grad(row_gradients.grad_pre_activation, expert_offsets, std::nullopt)
+                          : torch::stable::new_empty(input, {0, shape.gate_up_width});
+  const Tensor grad_down_bias = wanted.down_bias ? Backend::down_bias_grad(mlp_rows, down_bias->scalar_type())
+                                                 : torch::stable::new_empty(input, {0, shape.hidden_size});
+  return {grad_input, grad_gate_up_weight, grad_down_weight, grad_topk_weights, grad_gate_up_bias, grad_down_bias};
 }
 
 // Defines moe_mlp and moe_mlp_backward inside the namespace of a backend.
@@ -104,22 +118,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compose_moe_mlp_backw
       const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, const std::optional<Tensor>& topk_weights,     \
       const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias, int64_t topk,               \
       std::string weight_layout, std::string activation, std::string gate_up_layout, double activation_alpha,        \
-      double activation_limit, bool save_pre_activation) {                                                           \
+      double activation_limit, bool save_pre_activation, const std::optional<Tensor>& trainable_experts) {           \
     return compose_moe_mlp<Backend>(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,            \
                                     slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,    \
                                     activation, gate_up_layout, activation_alpha, activation_limit,                  \
-                                    save_pre_activation);                                                            \
+                                    save_pre_activation, trainable_experts);                                         \
   }                                                                                                                  \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(                                       \
       const Tensor& grad_output, const Tensor& input, const Tensor& gate_up_weight, const Tensor& down_weight,       \
       const Tensor& expert_offsets, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,                  \
       const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& gate_up_bias,                          \
       const std::optional<Tensor>& down_bias, const Tensor& pre_activation, int64_t topk, std::string weight_layout, \
-      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit) {        \
-    return compose_moe_mlp_backward<Backend>(grad_output, input, gate_up_weight, down_weight, expert_offsets,        \
-                                             permuted_to_slot, slot_to_permuted, topk_weights, gate_up_bias,         \
-                                             down_bias, pre_activation, topk, weight_layout, activation,             \
-                                             gate_up_layout, activation_alpha, activation_limit);                    \
+      std::string activation, std::string gate_up_layout, double activation_alpha, double activation_limit,          \
+      std::vector<bool> output_mask, const std::optional<Tensor>& trainable_experts) {                               \
+    return compose_moe_mlp_backward<Backend>(                                                                        \
+        grad_output, input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot, slot_to_permuted,         \
+        topk_weights, gate_up_bias, down_bias, pre_activation, topk, weight_layout, activation, gate_up_layout,      \
+        activation_alpha, activation_limit, output_mask, trainable_experts);                                         \
   }
 
 }  // namespace moe_ext

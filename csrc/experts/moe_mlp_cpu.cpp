@@ -19,10 +19,11 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
                                    const std::optional<Tensor>& gate_up_bias, const std::optional<Tensor>& down_bias,
                                    int64_t topk, std::string weight_layout, std::string activation,
                                    std::string gate_up_layout, double activation_alpha, double activation_limit,
-                                   bool save_pre_activation) {
+                                   bool save_pre_activation, const std::optional<Tensor>& trainable_experts) {
   const MlpShape shape = check_moe_mlp(input, gate_up_weight, down_weight, expert_offsets, permuted_to_slot,
                                        slot_to_permuted, topk_weights, gate_up_bias, down_bias, topk, weight_layout,
                                        activation, gate_up_layout, activation_alpha, activation_limit);
+  check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
   const WeightLayout layout = check_weight_layout(weight_layout);
   const Tensor tokens = torch::stable::contiguous(input), slots = torch::stable::contiguous(permuted_to_slot);
   const Tensor gate_up = with_adjacent_elements(gate_up_weight), down = with_adjacent_elements(down_weight);

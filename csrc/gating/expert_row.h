@@ -198,22 +198,30 @@ bool rows_are_aligned(int64_t num_experts, std::initializer_list<const void*> po
 }
 
 // body(RowLayout{}) with the fewest registers that hold num_experts; a lane holds at most as many as its group has
-// lanes.
-template <typename Body>
+// lanes. Without `every_layout` about half of them stand for all, for kernels that are seldom used.
+template <bool every_layout = true, typename Body>
 void dispatch_experts(int64_t num_experts, bool aligned, Body&& body) {
   check_fits_int32(num_experts, "num_experts");
   if (num_experts > kMaxRegisterExperts) return body(RowLayout<32, 0, 1>{});
   if (!aligned) {
-    if (num_experts <= 16) return body(RowLayout<4, 4, 1>{});
+    if constexpr (every_layout) {
+      if (num_experts <= 16) return body(RowLayout<4, 4, 1>{});
+    }
     if (num_experts <= 128) return body(RowLayout<32, 4, 1>{});
     return body(RowLayout<32, 32, 1>{});
   }
-  if (num_experts <= 16) return body(RowLayout<4, 4, kRowVector>{});
-  if (num_experts <= 32) return body(RowLayout<8, 4, kRowVector>{});
+  if constexpr (every_layout) {
+    if (num_experts <= 16) return body(RowLayout<4, 4, kRowVector>{});
+    if (num_experts <= 32) return body(RowLayout<8, 4, kRowVector>{});
+  }
   if (num_experts <= 64) return body(RowLayout<16, 4, kRowVector>{});
-  if (num_experts <= 128) return body(RowLayout<16, 8, kRowVector>{});
+  if constexpr (every_layout) {
+    if (num_experts <= 128) return body(RowLayout<16, 8, kRowVector>{});
+  }
   if (num_experts <= 256) return body(RowLayout<32, 8, kRowVector>{});
-  if (num_experts <= 512) return body(RowLayout<32, 16, kRowVector>{});
+  if constexpr (every_layout) {
+    if (num_experts <= 512) return body(RowLayout<32, 16, kRowVector>{});
+  }
   return body(RowLayout<32, 32, kRowVector>{});
 }
 

@@ -1,4 +1,4 @@
-// Tokens are cut into chunks of fixed size; each sums its own scores, the chunks are added in order: the result does
+// Sequences are cut into chunks of fixed size; each sums its own scores, the chunks are added in order: the result does
 // not depend on the number of threads.
 #include "router_losses.h"
 
@@ -86,65 +86,106 @@ void slopes_of_scores(TokenRow<acc_t>& row, const LossShape& shape) {
   divide_row(row.scores.data(), row.total, shape.num_experts);
 }
 
+// n_e and the counted tokens of every sequence.
+template <typename index_t>
+void count_tokens(const index_t* ids, const bool* counts, const LossShape& shape, int32_t* loads, int32_t* counted) {
+  const int64_t length = shape.sequence_length();
+  for (int64_t sequence = 0; sequence < shape.num_sequences; ++sequence) {
+    int32_t* loads_here = loads + sequence * shape.num_experts;
+    for (int64_t token = sequence * length; token < (sequence + 1) * length; ++token) {
+      if (counts && !counts[token]) continue;
+      ++counted[sequence];
+      for (int64_t slot = token * shape.topk; slot < (token + 1) * shape.topk; ++slot) {
+        if (ids[slot] >= 0 && ids[slot] < shape.num_experts) ++loads_here[ids[slot]];
+      }
+    }
+  }
+}
+
+// eta_e f_e of the experts of a sequence, padded with 0.
+template <typename acc_t>
+void weigh_loads(const int32_t* loads, const acc_t* expert_weights, int32_t num_counted, const LossShape& shape,
+                 acc_t* weighted) {
+  const acc_t factor = shape.load_factor<acc_t>(num_counted);
+  for (int64_t e = 0; e < shape.num_experts; ++e) {
+    weighted[e] = static_cast<acc_t>(loads[e]) * factor * (expert_weights ? expert_weights[e] : acc_t(1));
+  }
+}
+
+// Over all sequences; and the sequences where there is one.
+struct Totals {
+  int64_t tokens = 0, sequences = 0;
+  Totals(const int32_t* counted, int64_t num_sequences) {
+    for (int64_t s = 0; s < num_sequences; ++s) {
+      tokens += counted[s];
+      sequences += counted[s] > 0 ? 1 : 0;
+    }
+    tokens = std::max<int64_t>(tokens, 1);
+    sequences = std::max<int64_t>(sequences, 1);
+  }
+};
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, const Tensor& topk_ids,
                                                          const std::string& score_function,
-                                                         const std::optional<Tensor>& token_mask) {
-  const LossShape shape = check_router_losses(logits, topk_ids, score_function, token_mask);
+                                                         const std::optional<Tensor>& token_mask,
+                                                         const std::optional<Tensor>& expert_weights,
+                                                         const std::string& load, int64_t num_sequences) {
+  const LossShape shape =
+      check_router_losses(logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences);
   const Tensor source = torch::stable::contiguous(logits), ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask);
+  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
   const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
   const ScalarType dtype = router_dtype(logits.scalar_type());
   Tensor balance_loss = torch::stable::new_empty(logits, {}, dtype);
   Tensor z_loss = torch::stable::new_empty(logits, {}, dtype);
-  Tensor tokens_per_expert = torch::stable::new_zeros(logits, {shape.num_experts}, ScalarType::Int);
-  Tensor num_counted = torch::stable::new_empty(logits, {}, ScalarType::Int);
+  Tensor tokens_per_expert = torch::stable::new_zeros(logits, {num_sequences, shape.num_experts}, ScalarType::Int);
+  Tensor num_counted = torch::stable::new_zeros(logits, {num_sequences}, ScalarType::Int);
 
   auto* loads = tokens_per_expert.mutable_data_ptr<int32_t>();
-  int32_t counted = 0;
+  auto* counted = num_counted.mutable_data_ptr<int32_t>();
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
-    const auto* id = ids.const_data_ptr<typename decltype(tag)::type>();
-    for (int64_t token = 0; token < shape.num_tokens; ++token) {
-      if (counts && !counts[token]) continue;
-      ++counted;
-      for (int64_t slot = token * shape.topk; slot < (token + 1) * shape.topk; ++slot) {
-        if (id[slot] >= 0 && id[slot] < shape.num_experts) ++loads[id[slot]];
-      }
-    }
+    count_tokens(ids.const_data_ptr<typename decltype(tag)::type>(), counts, shape, loads, counted);
   });
-  *num_counted.mutable_data_ptr<int32_t>() = counted;
+  const Totals totals(counted, num_sequences);
 
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
     const auto* logit = source.const_data_ptr<scalar_t>();
-    const int64_t num_chunks = (shape.num_tokens + kTokensPerChunk - 1) / kTokensPerChunk;
-    std::vector<acc_t> score_sums(num_chunks * shape.num_experts, acc_t(0)), square_sums(num_chunks, acc_t(0));
-    parallel_rows(num_chunks, kTokensPerChunk * shape.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
-      TokenRow<acc_t> row(shape.num_experts);
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        acc_t* sums = score_sums.data() + chunk * shape.num_experts;
-        const int64_t last = std::min(shape.num_tokens, (chunk + 1) * kTokensPerChunk);
-        for (int64_t token = chunk * kTokensPerChunk; token < last; ++token) {
-          if (counts && !counts[token]) continue;
-          const acc_t* scores = score_token(row, logit + token * shape.num_experts, shape);
-          add_row(scores, shape.num_experts, sums);
-          square_sums[chunk] += row.logsumexp * row.logsumexp;
-        }
-      }
-    });
-    acc_t balance = 0, squares = 0;
-    for (int64_t e = 0; e < shape.num_experts; ++e) {
-      acc_t sum = 0;
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) sum += score_sums[chunk * shape.num_experts + e];
-      balance += static_cast<acc_t>(loads[e]) * sum;
+    const acc_t* expert_weight = weights ? weights->const_data_ptr<acc_t>() : nullptr;
+    const int64_t length = shape.sequence_length();
+    const int64_t chunks_per_sequence = (length + kTokensPerChunk - 1) / kTokensPerChunk;
+    const int64_t num_chunks = num_sequences * chunks_per_sequence;
+    std::vector<acc_t> balances(num_chunks, acc_t(0)), squares(num_chunks, acc_t(0));
+    parallel_rows(
+        num_chunks, std::min(length, kTokensPerChunk) * shape.num_experts * kBytesPerScore,
+        [&](int64_t begin, int64_t end) {
+          TokenRow<acc_t> row(shape.num_experts);
+          std::vector<acc_t> sums(row.padded), weighted(row.padded, acc_t(0));
+          for (int64_t chunk = begin; chunk < end; ++chunk) {
+            const int64_t sequence = chunk / chunks_per_sequence;
+            const int64_t first = chunk % chunks_per_sequence * kTokensPerChunk;
+            const int64_t last = std::min(length, first + kTokensPerChunk);
+            std::fill(sums.begin(), sums.end(), acc_t(0));
+            for (int64_t token = sequence * length + first; token < sequence * length + last; ++token) {
+              if (counts && !counts[token]) continue;
+              add_row(score_token(row, logit + token * shape.num_experts, shape), shape.num_experts, sums.data());
+              squares[chunk] += row.logsumexp * row.logsumexp;
+            }
+            weigh_loads(loads + sequence * shape.num_experts, expert_weight, counted[sequence], shape, weighted.data());
+            balances[chunk] = weighted_sum(weighted.data(), sums.data(), row.padded) /
+                              static_cast<acc_t>(std::max(counted[sequence], 1));
+          }
+        });
+    acc_t balance = 0, square = 0;
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      balance += balances[chunk];
+      square += squares[chunk];
     }
-    for (acc_t square : square_sums) squares += square;
-    const acc_t tokens = std::max(counted, 1);
-    *balance_loss.mutable_data_ptr<acc_t>() =
-        balance * static_cast<acc_t>(shape.num_experts) / (static_cast<acc_t>(shape.topk) * tokens * tokens);
-    *z_loss.mutable_data_ptr<acc_t>() = squares / tokens;
+    *balance_loss.mutable_data_ptr<acc_t>() = balance / static_cast<acc_t>(totals.sequences);
+    *z_loss.mutable_data_ptr<acc_t>() = square / static_cast<acc_t>(totals.tokens);
   });
   return {balance_loss, z_loss, tokens_per_expert, num_counted};
 }
@@ -152,38 +193,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
 Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& grad_z_loss, const Tensor& logits,
                               const Tensor& tokens_per_expert, const Tensor& num_counted,
                               const std::string& score_function, const std::optional<Tensor>& token_mask,
-                              int64_t topk) {
-  const LossShape shape = check_router_losses_backward(grad_balance_loss, grad_z_loss, logits, tokens_per_expert,
-                                                       num_counted, score_function, token_mask, topk);
+                              const std::optional<Tensor>& expert_weights, const std::string& load, int64_t topk) {
+  const LossShape shape =
+      check_router_losses_backward(grad_balance_loss, grad_z_loss, logits, tokens_per_expert, num_counted,
+                                   score_function, token_mask, expert_weights, load, topk);
   const Tensor source = torch::stable::contiguous(logits), loads = torch::stable::contiguous(tokens_per_expert);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask);
+  const Tensor counted_tokens = torch::stable::contiguous(num_counted);
+  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
   const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const int32_t* counted = counted_tokens.const_data_ptr<int32_t>();
+  const Totals totals(counted, shape.num_sequences);
   Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
     const auto* logit = source.const_data_ptr<scalar_t>();
+    const acc_t* expert_weight = weights ? weights->const_data_ptr<acc_t>() : nullptr;
     auto* grad = grad_logits.mutable_data_ptr<scalar_t>();
-    const acc_t tokens = std::max(*num_counted.const_data_ptr<int32_t>(), 1);
-    const acc_t grad_balance = *grad_balance_loss.const_data_ptr<acc_t>() / tokens;
-    const acc_t grad_z = *grad_z_loss.const_data_ptr<acc_t>() / tokens;
-    std::vector<acc_t> load(padded_row(shape.num_experts), acc_t(0));
-    for (int64_t e = 0; e < shape.num_experts; ++e) {
-      load[e] = static_cast<acc_t>(loads.const_data_ptr<int32_t>()[e]) * static_cast<acc_t>(shape.num_experts) /
-                (static_cast<acc_t>(shape.topk) * tokens);
-    }
+    const acc_t grad_sequence = *grad_balance_loss.const_data_ptr<acc_t>() / static_cast<acc_t>(totals.sequences);
+    const acc_t grad_z = *grad_z_loss.const_data_ptr<acc_t>() / static_cast<acc_t>(totals.tokens);
+    const int64_t length = shape.sequence_length();
     parallel_rows(shape.num_tokens, shape.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
       TokenRow<acc_t> row(shape.num_experts);
+      std::vector<acc_t> weighted(row.padded, acc_t(0));
+      int64_t of_sequence = -1;
       for (int64_t token = begin; token < end; ++token) {
         scalar_t* grad_row = grad + token * shape.num_experts;
         if (counts && !counts[token]) {
           std::fill_n(grad_row, shape.num_experts, scalar_t(0));
           continue;
         }
+        const int64_t sequence = token / length;
+        if (sequence != of_sequence) {
+          weigh_loads(loads.const_data_ptr<int32_t>() + sequence * shape.num_experts, expert_weight, counted[sequence],
+                      shape, weighted.data());
+          of_sequence = sequence;
+        }
+        const acc_t grad_balance = grad_sequence / static_cast<acc_t>(std::max(counted[sequence], 1));
         const acc_t* scores = score_token(row, logit + token * shape.num_experts, shape);
-        const acc_t mean = weighted_sum(load.data(), scores, row.padded);
+        const acc_t mean = weighted_sum(weighted.data(), scores, row.padded);
         if (shape.score_function != ScoreFunction::kSoftmax) slopes_of_scores(row, shape);
-        row_gradient(load.data(), scores, row.probabilities.data(), mean, grad_balance,
+        row_gradient(weighted.data(), scores, row.probabilities.data(), mean, grad_balance,
                      acc_t(2) * grad_z * row.logsumexp, shape.num_experts, grad_row);
       }
     });

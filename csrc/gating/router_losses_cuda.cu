@@ -1,7 +1,8 @@
 // router_losses and its backward on CUDA. Floating sums run in a fixed order; the only atomics count integers.
 //   count_kernel:    loads and counted tokens, through histograms in shared memory
-//   loss_kernel:     a group of lanes per token, as in topk_gating; a lane keeps the loads of its experts and sums
-//                    load * score and logsumexp^2 over its tokens; the last block adds the sums of all blocks in order
+//   loss_kernel:     a group of lanes per token, as in topk_gating; blocks belong to one sequence, a lane keeps the
+//                    loads of its experts and sums load * score and logsumexp^2 over its tokens; the last block adds
+//                    the sums of all blocks in order
 //   backward:        a group of lanes per token, everything recomputed from its logits
 // The losses are no by-product of topk_gating: a balance loss needs all loads before the first score is weighted, and
 // the logits, at most tens of megabytes, are still in L2 when loss_kernel reads them.
@@ -21,34 +22,52 @@ constexpr int64_t kEntriesPerCountBlock = 4096;
 constexpr int kMaxSharedCounts = 12000;  // above, blocks count in device memory
 constexpr int64_t kLossBlocksPerMultiprocessor = 8;
 
+// Blocks that share the sequences out: each sequence has as many, and a block has some sequences where they are many.
+struct SequenceBlocks {
+  int64_t per_sequence, total;
+
+  // `wanted` for one sequence, at most `limit` in all.
+  SequenceBlocks(int64_t wanted, int64_t limit, int64_t num_sequences)
+      : per_sequence(std::clamp<int64_t>(limit / num_sequences, 1, std::max<int64_t>(wanted, 1))),
+        total(std::min(per_sequence * num_sequences, std::max(limit, per_sequence))) {}
+};
+
+// Blocks of a sequence come one after the other. `per_sequence` above 1 leaves each block one sequence.
 template <typename index_t>
 __global__ void __launch_bounds__(kCountThreads)
     count_kernel(const index_t* __restrict__ topk_ids, const bool* __restrict__ token_mask,
                  int32_t* __restrict__ tokens_per_expert, int32_t* __restrict__ num_counted,
-                 int32_t* __restrict__ finished_blocks, LossShape shape) {
+                 int32_t* __restrict__ finished_blocks, int64_t per_sequence, LossShape shape) {
   MOE_DYNAMIC_SHARED(int32_t, shared_counts);
   const int num_experts = static_cast<int>(shape.num_experts);
   const bool in_shared = num_experts <= kMaxSharedCounts;
-  int32_t* counts = in_shared ? shared_counts : tokens_per_expert;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kCountThreads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kCountThreads + threadIdx.x;
-  if (first == 0) *finished_blocks = 0;
-  if (in_shared) {
-    for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) counts[expert] = 0;
-    __syncthreads();
-  }
+  const int64_t length = shape.sequence_length(), stride = per_sequence * kCountThreads;
+  const int64_t first = blockIdx.x % per_sequence * kCountThreads + threadIdx.x;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finished_blocks = 0;
+  for (int64_t sequence = blockIdx.x / per_sequence; sequence < shape.num_sequences;
+       sequence += gridDim.x / per_sequence) {
+    int32_t* loads = tokens_per_expert + sequence * num_experts;
+    int32_t* counts = in_shared ? shared_counts : loads;
+    const index_t* ids = topk_ids + sequence * length * shape.topk;
+    const bool* mask = token_mask ? token_mask + sequence * length : nullptr;
+    if (in_shared) {
+      for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) counts[expert] = 0;
+      __syncthreads();
+    }
 #pragma unroll 4
-  for (int64_t i = first; i < shape.num_tokens * shape.topk; i += stride) {
-    const index_t id = topk_ids[i];
-    if (id >= 0 && id < num_experts && (!token_mask || token_mask[i / shape.topk])) atomicAdd(&counts[id], 1);
-  }
-  int counted = !token_mask && first == 0 ? static_cast<int>(shape.num_tokens) : 0;
-  for (int64_t token = first; token_mask && token < shape.num_tokens; token += stride) counted += token_mask[token];
-  if (counted > 0) atomicAdd(num_counted, counted);
-  if (!in_shared) return;
-  __syncthreads();
-  for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) {
-    if (counts[expert] > 0) atomicAdd(&tokens_per_expert[expert], counts[expert]);
+    for (int64_t i = first; i < length * shape.topk; i += stride) {
+      const index_t id = ids[i];
+      if (id >= 0 && id < num_experts && (!mask || mask[i / shape.topk])) atomicAdd(&counts[id], 1);
+    }
+    int counted = !mask && first == 0 ? static_cast<int>(length) : 0;
+    for (int64_t token = first; mask && token < length; token += stride) counted += mask[token];
+    if (counted > 0) atomicAdd(&num_counted[sequence], counted);
+    if (!in_shared) continue;
+    __syncthreads();
+    for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) {
+      if (counts[expert] > 0) atomicAdd(&loads[expert], counts[expert]);
+    }
+    __syncthreads();
   }
 }
 
@@ -89,15 +108,21 @@ __device__ ScoredToken score_token(const Row& row, ScoreFunction function) {
   return {function, largest, largest + logf(sum), total == 0.f ? 0.f : divide(1.f, total)};
 }
 
-// Loads of a lane's experts: in registers, read again where rows are wide.
+// eta_e n_e of a lane's experts, which times the load factor are the loads: in registers, read again where rows are
+// wide.
 template <typename Layout>
 struct Loads {
   LaneValues<float, Layout::wide ? 1 : Layout::per_lane> values;
   const int32_t* tokens_per_expert;
+  const float* expert_weights;
   int num_experts;
 
-  __device__ Loads(const int32_t* tokens_per_expert, int num_experts)
-      : values(nullptr, 0), tokens_per_expert(tokens_per_expert), num_experts(num_experts) {
+  // Those of one sequence.
+  __device__ Loads(const int32_t* tokens_per_expert, const float* expert_weights, int num_experts)
+      : values(nullptr, 0),
+        tokens_per_expert(tokens_per_expert),
+        expert_weights(expert_weights),
+        num_experts(num_experts) {
     if constexpr (!Layout::wide) {
 #pragma unroll
       for (int i = 0; i < Layout::per_lane; ++i) values[i] = read(i);
@@ -105,7 +130,9 @@ struct Loads {
   }
   __device__ float read(int i) const {
     const int expert = Layout::expert(i, Layout::lane());
-    return expert < num_experts ? static_cast<float>(tokens_per_expert[expert]) : 0.f;
+    if (expert >= num_experts) return 0.f;
+    const float count = static_cast<float>(tokens_per_expert[expert]);
+    return expert_weights ? count * expert_weights[expert] : count;
   }
   __device__ float operator[](int i) const {
     if constexpr (Layout::wide) return read(i);
@@ -129,28 +156,55 @@ struct LossSums {
   float balance, squares;
 };
 
+// Over all sequences: counted tokens, and the sequences where there is one; at least 1 each. By a warp, for all lanes.
+struct Totals {
+  float tokens, sequences;
+  __device__ Totals(const int32_t* num_counted, int64_t num_sequences) {
+    int all = 0, some = 0;
+    for (int64_t s = threadIdx.x % kWarpSize; s < num_sequences; s += kWarpSize) {
+      all += num_counted[s];
+      some += num_counted[s] > 0;
+    }
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      all += __shfl_xor_sync(kFullMask, all, offset);
+      some += __shfl_xor_sync(kFullMask, some, offset);
+    }
+    tokens = static_cast<float>(max(all, 1));
+    sequences = static_cast<float>(max(some, 1));
+  }
+};
+
 template <typename scalar_t, typename Layout>
 __global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     loss_kernel(const scalar_t* __restrict__ logits, const bool* __restrict__ token_mask,
                 const int32_t* __restrict__ tokens_per_expert, const int32_t* __restrict__ num_counted,
-                LossSums* partial, int32_t* finished_blocks, float* __restrict__ balance_loss,
-                float* __restrict__ z_loss, LossShape shape) {
+                const float* __restrict__ expert_weights, LossSums* partial, int32_t* finished_blocks,
+                float* __restrict__ balance_loss, float* __restrict__ z_loss, int64_t per_sequence, LossShape shape) {
   __shared__ bool is_last;
   const int num_experts = static_cast<int>(shape.num_experts);
-  const Loads<Layout> loads(tokens_per_expert, num_experts);
+  const int64_t length = shape.sequence_length();
   LossSums sums{0.f, 0.f};
-  // A loop over the warps' first tokens, so that the lanes of a warp stay together.
-  for (int64_t token = Layout::first_token(); token - Layout::row_of_warp() < shape.num_tokens;
-       token += static_cast<int64_t>(gridDim.x) * Layout::rows_per_block) {
-    const bool counts = token < shape.num_tokens && (!token_mask || token_mask[token]);
-    const ExpertRow<scalar_t, Layout> row(logits + token * num_experts, nullptr, counts ? num_experts : 0);
-    const ScoredToken scored = score_token<Layout>(row, shape.score_function);
-    if (!counts) continue;
+  for (int64_t sequence = blockIdx.x / per_sequence; sequence < shape.num_sequences;
+       sequence += gridDim.x / per_sequence) {
+    const Loads<Layout> loads(tokens_per_expert + sequence * num_experts, expert_weights, num_experts);
+    float balance = 0.f;
+    // A loop over the warps' first tokens, so that the lanes of a warp stay together.
+    for (int64_t place = blockIdx.x % per_sequence * Layout::rows_per_block + Layout::row_of_block();
+         place - Layout::row_of_warp() < length; place += per_sequence * Layout::rows_per_block) {
+      const int64_t token = sequence * length + place;
+      const bool counts = place < length && (!token_mask || token_mask[token]);
+      const ExpertRow<scalar_t, Layout> row(logits + token * num_experts, nullptr, counts ? num_experts : 0);
+      const ScoredToken scored = score_token<Layout>(row, shape.score_function);
+      if (!counts) continue;
 #pragma unroll
-    for (int i = 0; i < row.count(); ++i) {
-      if (row.allowed(i)) sums.balance += loads[i] * scored.score(row.logit(i));
+      for (int i = 0; i < row.count(); ++i) {
+        if (row.allowed(i)) balance += loads[i] * scored.score(row.logit(i));
+      }
+      if (Layout::lane() == 0) sums.squares += scored.logsumexp * scored.logsumexp;
     }
-    if (Layout::lane() == 0) sums.squares += scored.logsumexp * scored.logsumexp;
+    const int counted = num_counted[sequence];
+    sums.balance += balance * (shape.load_factor<float>(counted) / static_cast<float>(max(counted, 1)));
   }
   sums = {block_sum(sums.balance), block_sum(sums.squares)};
   if (threadIdx.x == 0) {
@@ -167,10 +221,10 @@ __global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     all.squares += __ldcg(&partial[b].squares);
   }
   all = {block_sum(all.balance), block_sum(all.squares)};
+  const Totals totals(num_counted, shape.num_sequences);
   if (threadIdx.x == 0) {
-    const float tokens = static_cast<float>(max(*num_counted, 1));
-    *balance_loss = all.balance * static_cast<float>(num_experts) / (static_cast<float>(shape.topk) * tokens * tokens);
-    *z_loss = all.squares / tokens;
+    *balance_loss = all.balance / totals.sequences;
+    *z_loss = all.squares / totals.tokens;
   }
 }
 
@@ -179,15 +233,18 @@ __global__ void __launch_bounds__(kGateThreads, Layout::blocks)
     router_losses_backward_kernel(const float* __restrict__ grad_balance_loss, const float* __restrict__ grad_z_loss,
                                   const scalar_t* __restrict__ logits, const int32_t* __restrict__ tokens_per_expert,
                                   const int32_t* __restrict__ num_counted, const bool* __restrict__ token_mask,
-                                  scalar_t* __restrict__ grad_logits, LossShape shape) {
+                                  const float* __restrict__ expert_weights, scalar_t* __restrict__ grad_logits,
+                                  LossShape shape) {
   const int num_experts = static_cast<int>(shape.num_experts);
-  const float tokens = static_cast<float>(max(*num_counted, 1));
-  const float grad_balance = *grad_balance_loss / tokens, grad_z = *grad_z_loss / tokens;
-  const float load_factor = static_cast<float>(num_experts) / (static_cast<float>(shape.topk) * tokens);
-  const Loads<Layout> loads(tokens_per_expert, num_experts);
+  const Totals totals(num_counted, shape.num_sequences);
   const int64_t token = Layout::first_token();
   if (token - Layout::row_of_warp() >= shape.num_tokens) return;
   const bool inside = token < shape.num_tokens, counts = inside && (!token_mask || token_mask[token]);
+  const int64_t sequence = inside ? token / shape.sequence_length() : 0;
+  const int counted = num_counted[sequence];
+  const float load_factor = shape.load_factor<float>(counted), grad_z = *grad_z_loss / totals.tokens;
+  const float grad_balance = *grad_balance_loss / (totals.sequences * static_cast<float>(max(counted, 1)));
+  const Loads<Layout> loads(tokens_per_expert + sequence * num_experts, expert_weights, num_experts);
   scalar_t* destination = grad_logits + token * num_experts;
   const ExpertRow<scalar_t, Layout> row(logits + token * num_experts, nullptr, counts ? num_experts : 0);
   const ScoredToken scored = score_token<Layout>(row, shape.score_function);
@@ -213,41 +270,45 @@ __global__ void __launch_bounds__(kGateThreads, Layout::blocks)
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, const Tensor& topk_ids,
                                                          const std::string& score_function,
-                                                         const std::optional<Tensor>& token_mask) {
-  const LossShape shape = check_router_losses(logits, topk_ids, score_function, token_mask);
+                                                         const std::optional<Tensor>& token_mask,
+                                                         const std::optional<Tensor>& expert_weights,
+                                                         const std::string& load, int64_t num_sequences) {
+  const LossShape shape =
+      check_router_losses(logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences);
   const DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
   const Tensor source = torch::stable::contiguous(logits), ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask);
+  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
+  const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
   Tensor balance_loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
   Tensor z_loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  Tensor tokens_per_expert = torch::stable::new_zeros(logits, {shape.num_experts}, ScalarType::Int);
-  Tensor num_counted = torch::stable::new_zeros(logits, {}, ScalarType::Int);
-  const int64_t entries = shape.num_tokens * shape.topk;
-  const int64_t loss_blocks = kLossBlocksPerMultiprocessor * multiprocessor_count(logits);
+  Tensor tokens_per_expert = torch::stable::new_zeros(logits, {num_sequences, shape.num_experts}, ScalarType::Int);
+  Tensor num_counted = torch::stable::new_zeros(logits, {num_sequences}, ScalarType::Int);
+  const int64_t length = shape.sequence_length(),
+                loss_blocks = kLossBlocksPerMultiprocessor * multiprocessor_count(logits);
   Tensor scratch = torch::stable::new_empty(logits, {1 + 2 * (loss_blocks + 1)}, ScalarType::Float);
   auto* finished_blocks = reinterpret_cast<int32_t*>(scratch.mutable_data_ptr<float>());
   auto* partial = reinterpret_cast<LossSums*>(scratch.mutable_data_ptr<float>() + 1);
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
     using index_t = typename decltype(tag)::type;
-    const auto blocks = static_cast<unsigned>(
-        std::clamp<int64_t>(ceil_div(entries, kEntriesPerCountBlock), 1, 2 * multiprocessor_count(logits)));
+    const SequenceBlocks blocks(ceil_div(length * shape.topk, kEntriesPerCountBlock), 2 * multiprocessor_count(logits),
+                                num_sequences);
     const size_t shared = shape.num_experts <= kMaxSharedCounts ? shape.num_experts * sizeof(int32_t) : 0;
-    launch_kernel(count_kernel<index_t>, blocks, kCountThreads, shared, stream, ids.const_data_ptr<index_t>(),
-                  mask ? mask->const_data_ptr<bool>() : nullptr, tokens_per_expert.mutable_data_ptr<int32_t>(),
-                  num_counted.mutable_data_ptr<int32_t>(), finished_blocks, shape);
+    launch_kernel(count_kernel<index_t>, static_cast<unsigned>(blocks.total), kCountThreads, shared, stream,
+                  ids.const_data_ptr<index_t>(), counts, tokens_per_expert.mutable_data_ptr<int32_t>(),
+                  num_counted.mutable_data_ptr<int32_t>(), finished_blocks, blocks.per_sequence, shape);
   });
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const bool aligned = rows_are_aligned<scalar_t>(shape.num_experts, {source.const_data_ptr()});
     dispatch_experts(shape.num_experts, aligned, [&](auto layout) {
       using Layout = decltype(layout);
-      const auto blocks = static_cast<unsigned>(
-          std::clamp<int64_t>(ceil_div(shape.num_tokens, Layout::rows_per_block), 1, loss_blocks));
-      launch_kernel(loss_kernel<scalar_t, Layout>, blocks, kGateThreads, 0, stream, source.const_data_ptr<scalar_t>(),
-                    mask ? mask->const_data_ptr<bool>() : nullptr, tokens_per_expert.const_data_ptr<int32_t>(),
-                    num_counted.const_data_ptr<int32_t>(), partial, finished_blocks,
-                    balance_loss.mutable_data_ptr<float>(), z_loss.mutable_data_ptr<float>(), shape);
+      const SequenceBlocks blocks(ceil_div(length, Layout::rows_per_block), loss_blocks, num_sequences);
+      launch_kernel(loss_kernel<scalar_t, Layout>, static_cast<unsigned>(blocks.total), kGateThreads, 0, stream,
+                    source.const_data_ptr<scalar_t>(), counts, tokens_per_expert.const_data_ptr<int32_t>(),
+                    num_counted.const_data_ptr<int32_t>(), weights ? weights->const_data_ptr<float>() : nullptr,
+                    partial, finished_blocks, balance_loss.mutable_data_ptr<float>(), z_loss.mutable_data_ptr<float>(),
+                    blocks.per_sequence, shape);
     });
   });
   return {balance_loss, z_loss, tokens_per_expert, num_counted};
@@ -256,12 +317,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
 Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& grad_z_loss, const Tensor& logits,
                               const Tensor& tokens_per_expert, const Tensor& num_counted,
                               const std::string& score_function, const std::optional<Tensor>& token_mask,
-                              int64_t topk) {
-  const LossShape shape = check_router_losses_backward(grad_balance_loss, grad_z_loss, logits, tokens_per_expert,
-                                                       num_counted, score_function, token_mask, topk);
+                              const std::optional<Tensor>& expert_weights, const std::string& load, int64_t topk) {
+  const LossShape shape =
+      check_router_losses_backward(grad_balance_loss, grad_z_loss, logits, tokens_per_expert, num_counted,
+                                   score_function, token_mask, expert_weights, load, topk);
   const DeviceGuard guard(logits.get_device_index());
   const Tensor source = torch::stable::contiguous(logits), loads = torch::stable::contiguous(tokens_per_expert);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask);
+  const Tensor counted = torch::stable::contiguous(num_counted);
+  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
   Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
   if (shape.num_tokens == 0) return grad_logits;
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
@@ -273,8 +336,9 @@ Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& gra
       launch_kernel(router_losses_backward_kernel<scalar_t, Layout>, blocks_for_rows<Layout>(shape.num_tokens),
                     kGateThreads, 0, current_stream(logits), grad_balance_loss.const_data_ptr<float>(),
                     grad_z_loss.const_data_ptr<float>(), source.const_data_ptr<scalar_t>(),
-                    loads.const_data_ptr<int32_t>(), num_counted.const_data_ptr<int32_t>(),
-                    mask ? mask->const_data_ptr<bool>() : nullptr, grad_logits.mutable_data_ptr<scalar_t>(), shape);
+                    loads.const_data_ptr<int32_t>(), counted.const_data_ptr<int32_t>(),
+                    mask ? mask->const_data_ptr<bool>() : nullptr, weights ? weights->const_data_ptr<float>() : nullptr,
+                    grad_logits.mutable_data_ptr<scalar_t>(), shape);
     });
   });
   return grad_logits;

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../common/optional_tensor.h"
 #include "row_cpu.h"
 
 namespace moe_ext::cpu {
@@ -17,7 +16,8 @@ struct Row {
   std::vector<acc_t> taking_part;  // the logits of the softmax: -inf for what is not allowed or NaN
   std::vector<acc_t> values;       // what the selection compares, before it becomes a key
   std::vector<key_t> keys, maxima;
-  std::vector<int32_t> groups;
+  std::vector<int32_t> groups, picks;
+  std::vector<acc_t> scores, weights, grads;  // of the slots
   SoftmaxRow<acc_t> softmax;
 
   explicit Row(const GateOptions& options)
@@ -27,7 +27,11 @@ struct Row {
         values(logits.size()),
         keys(logits.size()),
         maxima(logits.size() / kRowLanes),
-        groups(options.topk_groups) {}
+        groups(options.topk_groups),
+        picks(options.num_picks()),
+        scores(options.topk),
+        weights(options.topk),
+        grads(options.topk) {}
 };
 
 template <typename acc_t>
@@ -113,7 +117,7 @@ void limit_to_groups(Row<acc_t>& row, const GateOptions& options) {
   }
 }
 
-// The topk experts in descending order of selection, NaN last, ties to the lower id, -1 where too few are allowed.
+// The best experts in descending order of selection, NaN last, ties to the lower id, -1 where too few are allowed.
 template <typename acc_t>
 void select(Row<acc_t>& row, const acc_t* bias, const GateOptions& options, int32_t* ids) {
   const bool grouped = options.topk_groups < options.num_groups;
@@ -124,7 +128,7 @@ void select(Row<acc_t>& row, const acc_t* bias, const GateOptions& options, int3
   const int64_t padded = static_cast<int64_t>(row.keys.size());
   std::fill(row.keys.begin() + options.num_experts, row.keys.end(), 0);
   make_keys(compared.data(), row.allowed.data(), options.num_experts, row.keys.data());
-  take_largest(row.keys.data(), padded, row.maxima.data(), options.topk, ids);
+  take_largest(row.keys.data(), padded, row.maxima.data(), options.num_picks(), ids);
 }
 
 // The softmax over the chosen experts; a NaN logit takes no part in it.
@@ -155,6 +159,16 @@ void raw_weights(const Row<acc_t>& row, const int32_t* ids, const GateOptions& o
   }
 }
 
+// What is renormalised: scores, or what stands for them.
+template <typename acc_t>
+void weigh_slots(const acc_t* scores, const int32_t* ids, const GateKnobs<acc_t>& knobs, const GateOptions& options,
+                 int64_t token, acc_t* weights) {
+  for (int64_t j = 0; j < options.topk; ++j) {
+    const bool here = ids[j] >= 0 && ids[j] < options.num_experts;
+    weights[j] = here ? knobs.weight(options, token, ids[j], scores[j]) : acc_t(0);
+  }
+}
+
 template <typename acc_t>
 acc_t renormalizer(const acc_t* weights, const GateOptions& options) {
   acc_t sum = 0;
@@ -170,6 +184,41 @@ void finish_weights(acc_t* weights, const GateOptions& options) {
     factor = sum == acc_t(0) ? acc_t(0) : factor / sum;
   }
   for (int64_t j = 0; j < options.topk; ++j) weights[j] *= factor;
+}
+
+// Makes slots empty: those behind the first that reach top_p, those below min_ratio, all of a token that is not kept.
+template <typename acc_t>
+void drop_slots(Row<acc_t>& row, const GateKnobs<acc_t>& knobs, const GateOptions& options, int64_t token,
+                int32_t forced, int32_t* ids) {
+  if (options.drops_by_score()) {
+    const acc_t top_p = static_cast<acc_t>(options.top_p), min_ratio = static_cast<acc_t>(options.min_ratio);
+    raw_weights(row, ids, options, row.scores.data());
+    acc_t before = 0;
+    for (int64_t j = 0; j < options.topk; ++j) {
+      const acc_t score = row.scores[j];
+      const bool drop = before >= top_p || (j > 0 && score < min_ratio * row.scores[0]);
+      before += score;
+      if (drop && ids[j] != forced) ids[j] = -1;
+    }
+  }
+  if (!knobs.keeps(token)) std::fill_n(ids, options.topk, -1);
+}
+
+// One token of a gate that is not plain. `mask` is the token's.
+template <typename acc_t>
+void gate_row(Row<acc_t>& row, const acc_t* bias, const bool* mask, const GateKnobs<acc_t>& knobs,
+              const GateOptions& options, int64_t token, acc_t* weights, int32_t* ids) {
+  select(row, bias, options, row.picks.data());
+  std::copy_n(row.picks.begin() + options.first_rank, options.topk, ids);
+  const int32_t forced = knobs.forced_id(token, options.num_experts, mask);
+  if (forced >= 0 && std::find(ids, ids + options.topk, forced) == ids + options.topk) ids[options.topk - 1] = forced;
+  drop_slots(row, knobs, options, token, forced, ids);
+  raw_weights(row, ids, options, row.scores.data());
+  weigh_slots(row.scores.data(), ids, knobs, options, token, weights);
+  finish_weights(weights, options);
+  for (int64_t j = 0; j < options.topk; ++j) {
+    if (ids[j] >= 0) weights[j] *= knobs.gain(ids[j]);
+  }
 }
 
 // d loss / d raw weight, from d loss / d final weight.
@@ -195,97 +244,149 @@ MOE_CPU_CLONES void spread_gradient(const acc_t* logits, const uint8_t* allowed,
   }
 }
 
+// The gradient of the logits from that of the scores of the slots, grad_scores.
 template <typename scalar_t, typename acc_t>
-void backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const GateOptions& options,
-                  std::vector<acc_t>& raw, std::vector<acc_t>& grad_raw, scalar_t* grad_logits) {
-  raw_weights(row, ids, options, raw.data());
-  weight_gradients(raw.data(), grad, options, grad_raw.data());
+void score_gradients(Row<acc_t>& row, const int32_t* ids, const acc_t* scores, const acc_t* grad_scores,
+                     const GateOptions& options, int64_t next_id, acc_t grad_next, scalar_t* grad_logits) {
   const bool softmax = options.score_function == ScoreFunction::kSoftmax;
   acc_t dot = 0;
-  for (int64_t j = 0; softmax && j < options.topk; ++j) dot += grad_raw[j] * raw[j];
-  if (over_whole_row(options) && dot != acc_t(0)) {
+  for (int64_t j = 0; softmax && j < options.topk; ++j) dot += grad_scores[j] * scores[j];
+  const bool spreads = over_whole_row(options) && dot != acc_t(0);
+  if (spreads) {
     softmax_scores(row.taking_part.data(), row.softmax, options.num_experts, row.values.data());
     spread_gradient(row.logits.data(), row.allowed.data(), row.values.data(), -dot, options.num_experts, grad_logits);
   } else {
     std::fill_n(grad_logits, options.num_experts, scalar_t(0));
   }
+  if (next_id >= 0) {  // rounded once, together with what the softmax gives it
+    const bool takes_part = spreads && row.allowed[next_id] && row.logits[next_id] == row.logits[next_id];
+    grad_logits[next_id] = static_cast<scalar_t>(grad_next - (takes_part ? dot * row.values[next_id] : acc_t(0)));
+  }
   for (int64_t j = 0; j < options.topk; ++j) {
     const int64_t e = ids[j];
     if (e < 0 || e >= options.num_experts) continue;
-    grad_logits[e] = static_cast<scalar_t>(
-        softmax ? raw[j] * (grad_raw[j] - dot)
-                : grad_raw[j] * elementwise_score_gradient(options.score_function, row.logits[e]));
+    const acc_t gradient = softmax ? scores[j] * (grad_scores[j] - dot)
+                                   : grad_scores[j] * elementwise_score_gradient(options.score_function, row.logits[e]);
+    grad_logits[e] = static_cast<scalar_t>(e == next_id ? gradient + grad_next : gradient);
   }
+}
+
+template <typename scalar_t, typename acc_t>
+void plain_backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const GateOptions& options,
+                        scalar_t* grad_logits) {
+  raw_weights(row, ids, options, row.scores.data());
+  weight_gradients(row.scores.data(), grad, options, row.grads.data());
+  score_gradients(row, ids, row.scores.data(), row.grads.data(), options, -1, acc_t(0), grad_logits);
+}
+
+// grad_external: the token's row, null where weights are not external.
+template <typename scalar_t, typename acc_t>
+void backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const GateKnobs<acc_t>& knobs,
+                  const GateOptions& options, int64_t token, scalar_t* grad_logits, acc_t* grad_external) {
+  const auto here = [&](int64_t j) { return ids[j] >= 0 && ids[j] < options.num_experts; };
+  raw_weights(row, ids, options, row.scores.data());
+  weigh_slots(row.scores.data(), ids, knobs, options, token, row.weights.data());
+  for (int64_t j = 0; j < options.topk; ++j) row.grads[j] = here(j) ? grad[j] * knobs.gain(ids[j]) : acc_t(0);
+  weight_gradients(row.weights.data(), row.grads.data(), options, row.grads.data());
+  if (grad_external) std::fill_n(grad_external, options.num_experts, acc_t(0));
+  for (int64_t j = 0; j < options.topk; ++j) {
+    if (!here(j) || !knobs.weighs(ids[j])) row.grads[j] = 0;
+    if (grad_external && here(j)) grad_external[ids[j]] = row.grads[j];
+    if (options.weight_source != WeightSource::kScores) row.scores[j] = row.grads[j] = 0;
+  }
+  const int64_t next_id = knobs.next_id ? knobs.next_id[token] : -1;
+  score_gradients(row, ids, row.scores.data(), row.grads.data(), options, next_id < options.num_experts ? next_id : -1,
+                  next_id >= 0 ? knobs.grad_next_logit[token] : acc_t(0), grad_logits);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> topk_gating(const Tensor& logits, int64_t topk, const std::string& score_function,
-                                       const std::string& score_order, const std::optional<Tensor>& selection_bias,
-                                       const std::optional<Tensor>& expert_mask, int64_t num_groups,
-                                       int64_t topk_groups, bool renormalize, double renormalize_eps, double scale) {
-  const GateOptions options = check_topk_gating(logits, topk, score_function, score_order, selection_bias, expert_mask,
-                                                num_groups, topk_groups, renormalize, renormalize_eps, scale);
-  const Tensor source = torch::stable::contiguous(logits);
-  const std::optional<Tensor> bias = contiguous_if_any(selection_bias), mask = contiguous_if_any(expert_mask);
-  Tensor topk_weights =
-      torch::stable::new_empty(logits, {options.num_tokens, topk}, router_dtype(logits.scalar_type()));
-  Tensor topk_ids = torch::stable::new_empty(logits, {options.num_tokens, topk}, ScalarType::Int);
+GateResult topk_gating(const Tensor& logits, const GateTensors& tensors, const GateOptions& options) {
+  const ScalarType weight_dtype = router_dtype(logits.scalar_type());
+  const int64_t num_next = options.has_next_logit ? options.num_tokens : 0;
+  Tensor topk_weights = torch::stable::new_empty(logits, {options.num_tokens, options.topk}, weight_dtype);
+  Tensor topk_ids = torch::stable::new_empty(logits, {options.num_tokens, options.topk}, ScalarType::Int);
+  Tensor next_logit = torch::stable::new_empty(logits, {num_next}, weight_dtype);
+  Tensor next_id = torch::stable::new_empty(logits, {num_next}, ScalarType::Int);
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
-    const auto* logit = source.const_data_ptr<scalar_t>();
-    const acc_t* bias_of = bias ? bias->const_data_ptr<acc_t>() : nullptr;
-    const bool* mask_of = mask ? mask->const_data_ptr<bool>() : nullptr;
+    const auto* logit = logits.const_data_ptr<scalar_t>();
+    const acc_t* bias = pointer_if_any<acc_t>(tensors.selection_bias);
+    const bool* mask = pointer_if_any<bool>(tensors.expert_mask);
+    const GateKnobs<acc_t> knobs(tensors);
+    const bool plain = is_plain(tensors, options);
     auto* weights = topk_weights.mutable_data_ptr<acc_t>();
     auto* ids = topk_ids.mutable_data_ptr<int32_t>();
+    auto* next_logits = next_logit.mutable_data_ptr<acc_t>();
+    auto* next_ids = next_id.mutable_data_ptr<int32_t>();
     parallel_rows(options.num_tokens, options.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
       Row<acc_t> row(options);
       for (int64_t token = begin; token < end; ++token) {
-        read_row(row, logit, mask_of, options, token);
-        select(row, bias_of, options, ids + token * topk);
-        raw_weights(row, ids + token * topk, options, weights + token * topk);
-        finish_weights(weights + token * topk, options);
+        acc_t* weights_here = weights + token * options.topk;
+        int32_t* ids_here = ids + token * options.topk;
+        read_row(row, logit, mask, options, token);
+        if (plain) {
+          select(row, bias, options, ids_here);
+          raw_weights(row, ids_here, options, weights_here);
+          finish_weights(weights_here, options);
+          continue;
+        }
+        gate_row(row, bias, mask ? mask + token * options.mask_stride : nullptr, knobs, options, token, weights_here,
+                 ids_here);
+        if (!options.has_next_logit) continue;
+        next_ids[token] = row.picks.back();
+        next_logits[token] =
+            row.picks.back() < 0 ? -std::numeric_limits<acc_t>::infinity() : row.logits[row.picks.back()];
       }
     });
   });
-  return {topk_weights, topk_ids};
+  return {topk_weights, topk_ids, next_logit, next_id};
 }
 
-Tensor topk_gating_backward(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,
-                            const std::string& score_function, const std::string& score_order,
-                            const std::optional<Tensor>& expert_mask, bool renormalize, double renormalize_eps,
-                            double scale) {
-  const GateOptions options = check_topk_gating_backward(grad_topk_weights, logits, topk_ids, score_function,
-                                                         score_order, expert_mask, renormalize, renormalize_eps, scale);
-  const Tensor gradient = torch::stable::contiguous(grad_topk_weights), source = torch::stable::contiguous(logits);
-  const Tensor chosen = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> mask = contiguous_if_any(expert_mask);
+GateGradients topk_gating_backward(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,
+                                   const GateTensors& tensors, const GateOptions& options) {
+  const bool external = options.weight_source == WeightSource::kExternal;
   Tensor grad_logits = torch::stable::new_empty(logits, {options.num_tokens, options.num_experts});
+  Tensor grad_external_weights = torch::stable::new_empty(
+      logits, {external ? options.num_tokens : 0, options.num_experts}, router_dtype(logits.scalar_type()));
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
-    const auto* logit = source.const_data_ptr<scalar_t>();
-    const auto* grad = gradient.const_data_ptr<acc_t>();
-    const auto* ids = chosen.const_data_ptr<int32_t>();
-    const bool* mask_of = mask ? mask->const_data_ptr<bool>() : nullptr;
+    const auto* logit = logits.const_data_ptr<scalar_t>();
+    const auto* grad = grad_topk_weights.const_data_ptr<acc_t>();
+    const auto* ids = topk_ids.const_data_ptr<int32_t>();
+    const bool* mask = pointer_if_any<bool>(tensors.expert_mask);
+    const GateKnobs<acc_t> knobs(tensors);
+    const bool plain = is_plain(tensors, options);
     auto* grad_logit = grad_logits.mutable_data_ptr<scalar_t>();
+    auto* grad_external = grad_external_weights.mutable_data_ptr<acc_t>();
     parallel_rows(options.num_tokens, options.num_experts * kBytesPerScore, [&](int64_t begin, int64_t end) {
       Row<acc_t> row(options);
-      std::vector<acc_t> raw(options.topk), grad_raw(options.topk);
       for (int64_t token = begin; token < end; ++token) {
-        read_row(row, logit, mask_of, options, token);
-        backward_row(row, ids + token * options.topk, grad + token * options.topk, options, raw, grad_raw,
-                     grad_logit + token * options.num_experts);
+        const int32_t* ids_here = ids + token * options.topk;
+        const acc_t* grad_here = grad + token * options.topk;
+        scalar_t* grad_row = grad_logit + token * options.num_experts;
+        read_row(row, logit, mask, options, token);
+        if (plain) {
+          plain_backward_row(row, ids_here, grad_here, options, grad_row);
+        } else {
+          backward_row(row, ids_here, grad_here, knobs, options, token, grad_row,
+                       external ? grad_external + token * options.num_experts : nullptr);
+        }
       }
     });
   });
-  return grad_logits;
+  return {grad_logits, grad_external_weights};
 }
 
 }  // namespace moe_ext::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moe_ext, CPU, m) {
-  m.impl("topk_gating", TORCH_BOX(&moe_ext::cpu::topk_gating));
-  m.impl("topk_gating_backward", TORCH_BOX(&moe_ext::cpu::topk_gating_backward));
+  using Forward = moe_ext::GateOp<&moe_ext::cpu::topk_gating>;
+  using Backward = moe_ext::GateBackwardOp<&moe_ext::cpu::topk_gating_backward>;
+  m.impl("topk_gating", TORCH_BOX(&Forward::plain));
+  m.impl("topk_gating_backward", TORCH_BOX(&Backward::plain));
+  m.impl("topk_gating_general", TORCH_BOX(&Forward::general));
+  m.impl("topk_gating_general_backward", TORCH_BOX(&Backward::general));
 }

@@ -34,12 +34,14 @@ struct GroupedGemmArgs {
   cudaStream_t stream;
 };
 
-// grad_weight[e] = grad_output_e^T @ input_e (ENK) or input_e^T @ grad_output_e (EKN); zero for an empty expert.
+// grad_weight[e] = grad_output_e^T @ input_e (ENK) or input_e^T @ grad_output_e (EKN); zero for an empty expert,
+// and for one that is not trainable.
 struct GroupedWgradArgs {
   const void* input;        // [max_rows, k]
   const void* grad_output;  // [max_rows, n]
   void* grad_weight;        // [E, n, k] or [E, k, n]
   const int32_t* expert_offsets;
+  const bool* trainable_experts;  // [E], null for all
   int64_t num_experts, max_rows, n, k;
   WeightLayout layout;
   GemmDtype dtype;

@@ -118,8 +118,8 @@ const char* launch_grouped_gemm(const GroupedGemmArgs& args) {
   const Product product = args.layout == WeightLayout::kENK ? Product::kForwardENK : Product::kForwardEKN;
   const int bytes = element_bytes(args.dtype);
   fill_problem_arrays(place_problem_arrays(args.workspace, args.num_experts), product, args.input, args.weight,
-                      args.output, bytes, bytes, args.expert_offsets, args.num_experts, args.max_rows, args.n, args.k,
-                      args.stream);
+                      args.output, bytes, bytes, args.expert_offsets, nullptr, args.num_experts, args.max_rows, args.n,
+                      args.k, args.stream);
   return kernel({args.workspace, args.num_experts, args.device, device.multiprocessors, args.stream});
 }
 
@@ -145,8 +145,8 @@ const char* launch_grouped_gemm_wgrad(const GroupedWgradArgs& args) {
   zero_empty_experts(args);
   fill_problem_arrays(place_problem_arrays(args.workspace, args.num_experts), Product::kWgrad,
                       nk ? args.grad_output : args.input, nk ? args.input : args.grad_output, args.grad_weight,
-                      element_bytes(args.dtype), args.float32_output ? 4 : 2, args.expert_offsets, args.num_experts,
-                      args.max_rows, rows, columns, args.stream);
+                      element_bytes(args.dtype), args.float32_output ? 4 : 2, args.expert_offsets,
+                      args.trainable_experts, args.num_experts, args.max_rows, rows, columns, args.stream);
   return kernel({args.workspace, args.num_experts, args.device, device.multiprocessors, args.stream});
 }
 

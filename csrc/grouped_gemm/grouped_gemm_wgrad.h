@@ -1,6 +1,6 @@
 // grouped_gemm_wgrad: the gradient of grouped_gemm to its weights. For each expert e, over its own rows,
 // grad_output^T @ input ([N, K], layout enk) or input^T @ grad_output ([K, N], layout ekn); exact zeros for an expert
-// without rows. `input` may be gathered as in grouped_gemm.
+// without rows, or that trainable_experts leaves out. `input` may be gathered as in grouped_gemm.
 #pragma once
 
 #include "groups.h"
@@ -31,11 +31,13 @@ inline GroupedWgradShape check_grouped_gemm_wgrad(const Tensor& input, const Ten
                                                   const Tensor& expert_offsets, const std::string& weight_layout,
                                                   const std::optional<Tensor>& permuted_to_slot,
                                                   const std::optional<Tensor>& slot_to_permuted, int64_t topk,
-                                                  const std::optional<ScalarType>& out_dtype) {
+                                                  const std::optional<ScalarType>& out_dtype,
+                                                  const std::optional<Tensor>& trainable_experts) {
   GroupedWgradShape shape;
   shape.gather = check_gather(input, permuted_to_slot, slot_to_permuted, topk);
   shape.num_rows = shape.gather ? shape.gather->num_rows : input.size(0);
   shape.num_experts = check_expert_offsets(expert_offsets, input, "input");
+  check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
   check_tensor(grad_output, "grad_output", {input.scalar_type()}, 2, "[num_rows, out_features]");
   check_size(grad_output, "grad_output", 0, shape.num_rows,
              shape.gather ? "num_rows, the length of permuted_to_slot" : "num_rows, as in input");
@@ -51,7 +53,7 @@ inline GroupedWgradShape check_grouped_gemm_wgrad(const Tensor& input, const Ten
   Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const Tensor& expert_offsets, \
                             std::string weight_layout, const std::optional<Tensor>& permuted_to_slot,     \
                             const std::optional<Tensor>& slot_to_permuted, int64_t topk,                  \
-                            std::optional<ScalarType> out_dtype);
+                            std::optional<ScalarType> out_dtype, const std::optional<Tensor>& trainable_experts);
 namespace cpu {
 MOE_DECLARE_GROUPED_GEMM_WGRAD
 }

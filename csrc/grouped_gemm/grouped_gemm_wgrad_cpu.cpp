@@ -14,13 +14,19 @@ namespace moe_ext::cpu {
 Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const Tensor& expert_offsets,
                           std::string weight_layout, const std::optional<Tensor>& permuted_to_slot,
                           const std::optional<Tensor>& slot_to_permuted, int64_t topk,
-                          std::optional<ScalarType> out_dtype) {
-  const GroupedWgradShape shape = check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout,
-                                                           permuted_to_slot, slot_to_permuted, topk, out_dtype);
+                          std::optional<ScalarType> out_dtype, const std::optional<Tensor>& trainable_experts) {
+  const GroupedWgradShape shape =
+      check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted,
+                               topk, out_dtype, trainable_experts);
   const Tensor rows = torch::stable::contiguous(input);
   const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
+  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
+  const bool* trains = trainable ? trainable->const_data_ptr<bool>() : nullptr;
+  const auto has_product = [&](int64_t expert) {
+    return boundaries[expert] < boundaries[expert + 1] && (!trains || trains[expert]);
+  };
   const bool enk = shape.layout == WeightLayout::kENK;
   // An expert's gradient is left^T @ right, [left_width, right_width].
   const int64_t left_width = enk ? shape.out_features : shape.in_features;
@@ -34,13 +40,13 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
   auto* out = static_cast<char*>(grad_weight.mutable_data_ptr());
   parallel_rows(shape.num_experts, expert_bytes, [&](int64_t first, int64_t last) {
     for (int64_t expert = first; expert < last; ++expert) {
-      if (boundaries[expert] == boundaries[expert + 1]) std::memset(out + expert * expert_bytes, 0, expert_bytes);
+      if (!has_product(expert)) std::memset(out + expert * expert_bytes, 0, expert_bytes);
     }
   });
   std::vector<GemmProblem> problems;
   for (int64_t expert = 0; expert < shape.num_experts && expert_bytes > 0; ++expert) {
     const int64_t begin = boundaries[expert], count = boundaries[expert + 1] - begin;
-    if (count == 0) continue;
+    if (!has_product(expert)) continue;
     const int64_t in = shape.in_features, width = shape.out_features;
     Matrix tokens = row_major(source + (shape.gather ? 0 : begin * in * size), count, in);
     if (shape.gather) tokens.gather = gather_of(*slots, begin, *shape.gather);

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
+#include "../common/optional_tensor.h"
 #include "../permutation/permute.h"
 #include "launch_arguments.h"
 
@@ -14,14 +15,16 @@ namespace moe_ext::cuda {
 Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const Tensor& expert_offsets,
                           std::string weight_layout, const std::optional<Tensor>& permuted_to_slot,
                           const std::optional<Tensor>& slot_to_permuted, int64_t topk,
-                          std::optional<ScalarType> out_dtype) {
-  const GroupedWgradShape shape = check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout,
-                                                           permuted_to_slot, slot_to_permuted, topk, out_dtype);
+                          std::optional<ScalarType> out_dtype, const std::optional<Tensor>& trainable_experts) {
+  const GroupedWgradShape shape =
+      check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted,
+                               topk, out_dtype, trainable_experts);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
   const Tensor source = torch::stable::contiguous(input);
   const Tensor gradient = torch::stable::contiguous(grad_output);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
+  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
   const bool enk = shape.layout == WeightLayout::kENK;
   Tensor grad_weight = torch::stable::new_empty(
       input,
@@ -31,6 +34,7 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                            gradient.const_data_ptr(),
                            grad_weight.mutable_data_ptr(),
                            offsets.const_data_ptr<int32_t>(),
+                           trainable ? trainable->const_data_ptr<bool>() : nullptr,
                            shape.num_experts,
                            shape.num_rows,
                            shape.out_features,

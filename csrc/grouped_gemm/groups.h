@@ -28,6 +28,15 @@ inline const char* transposed_layout(const std::string& weight_layout) {
 }
 
 // Returns the number of experts.
+// One entry per expert; null trains all.
+inline void check_trainable_experts(const std::optional<Tensor>& trainable_experts, int64_t num_experts,
+                                    const Tensor& rows, const char* rows_name) {
+  if (!trainable_experts.has_value()) return;
+  check_tensor(*trainable_experts, "trainable_experts", {ScalarType::Bool}, 1, "[num_experts]");
+  check_size(*trainable_experts, "trainable_experts", 0, num_experts, "num_experts, the length of expert_offsets - 1");
+  check_same_device(*trainable_experts, "trainable_experts", rows, rows_name);
+}
+
 inline int64_t check_expert_offsets(const Tensor& expert_offsets, const Tensor& rows, const char* rows_name) {
   check_tensor(expert_offsets, "expert_offsets", {ScalarType::Int}, 1, "[num_experts + 1]");
   MOE_CHECK(expert_offsets.size(0) >= 2, "expert_offsets: expected at least 2 entries (num_experts + 1), got ",

@@ -19,10 +19,11 @@ struct Operands {
 };
 
 __global__ void fill_kernel(ProblemArrays arrays, Product product, Operands operands,
-                            const int32_t* __restrict__ expert_offsets, int64_t groups, int64_t max_rows) {
+                            const int32_t* __restrict__ expert_offsets, const bool* __restrict__ trainable_experts,
+                            int64_t groups, int64_t max_rows) {
   const int64_t expert = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (expert >= groups) return;
-  const RowRange range = rows_of_expert(expert_offsets, expert, max_rows);
+  const RowRange range = rows_that_train(expert_offsets, trainable_experts, expert, max_rows);
   const int rows = static_cast<int>(range.end - range.begin);
   const int64_t n = operands.n, k = operands.k;
   if (product == Product::kWgrad) {
@@ -50,8 +51,9 @@ __global__ void fill_kernel(ProblemArrays arrays, Product product, Operands oper
 }  // namespace
 
 void fill_problem_arrays(const ProblemArrays& arrays, Product product, const void* a, const void* b, void* d,
-                         int element_bytes, int output_bytes, const int32_t* expert_offsets, int64_t groups,
-                         int64_t max_rows, int64_t n, int64_t k, cudaStream_t stream) {
+                         int element_bytes, int output_bytes, const int32_t* expert_offsets,
+                         const bool* trainable_experts, int64_t groups, int64_t max_rows, int64_t n, int64_t k,
+                         cudaStream_t stream) {
   const Operands operands{static_cast<const char*>(a),
                           static_cast<const char*>(b),
                           static_cast<char*>(d),
@@ -60,7 +62,7 @@ void fill_problem_arrays(const ProblemArrays& arrays, Product product, const voi
                           n,
                           k};
   launch_kernel(fill_kernel, static_cast<unsigned>(ceil_div(groups, kThreads)), kThreads, 0, stream, arrays, product,
-                operands, expert_offsets, groups, max_rows);
+                operands, expert_offsets, trainable_experts, groups, max_rows);
 }
 
 }  // namespace moe_ext

@@ -55,7 +55,8 @@ enum class Product { kForwardENK, kForwardEKN, kWgrad };
 // Fills the arrays on `stream`. forward: a = input, b = weight, d = output. wgrad: d = a^T b per expert, where a has
 // width n and b has width k.
 void fill_problem_arrays(const ProblemArrays& arrays, Product product, const void* a, const void* b, void* d,
-                         int element_bytes, int output_bytes, const int32_t* expert_offsets, int64_t groups,
-                         int64_t max_rows, int64_t n, int64_t k, cudaStream_t stream);
+                         int element_bytes, int output_bytes, const int32_t* expert_offsets,
+                         const bool* trainable_experts, int64_t groups, int64_t max_rows, int64_t n, int64_t k,
+                         cudaStream_t stream);
 
 }  // namespace moe_ext

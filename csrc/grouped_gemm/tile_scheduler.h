@@ -23,6 +23,14 @@ MOE_TILE_FUNCTION RowRange rows_of_expert(const int32_t* expert_offsets, int64_t
   return {begin, end};
 }
 
+// None for an expert whose weights are not trained; null trains all.
+MOE_TILE_FUNCTION RowRange rows_that_train(const int32_t* expert_offsets, const bool* trainable_experts, int64_t expert,
+                                           int64_t max_rows) {
+  RowRange range = rows_of_expert(expert_offsets, expert, max_rows);
+  if (trainable_experts && !trainable_experts[expert]) range.end = range.begin;
+  return range;
+}
+
 struct RowTile {
   int64_t expert;
   RowRange rows;

@@ -25,14 +25,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Zeroes the gradients of empty experts; blockIdx.y splits one expert's words.
+// Zeroes the gradients of experts that have no rows, or none that train; blockIdx.y splits one expert's words.
 template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    zero_empty_kernel(Word* __restrict__ grad_weight, const int32_t* __restrict__ expert_offsets, int64_t num_experts,
-                      int64_t max_rows, int64_t expert_words) {
+    zero_empty_kernel(Word* __restrict__ grad_weight, const int32_t* __restrict__ expert_offsets,
+                      const bool* __restrict__ trainable_experts, int64_t num_experts, int64_t max_rows,
+                      int64_t expert_words) {
   const int64_t stride = static_cast<int64_t>(gridDim.y) * kThreads;
   for (int64_t expert = blockIdx.x; expert < num_experts; expert += gridDim.x) {
-    const RowRange range = rows_of_expert(expert_offsets, expert, max_rows);
+    const RowRange range = rows_that_train(expert_offsets, trainable_experts, expert, max_rows);
     if (range.begin != range.end) continue;
     Word* words = grad_weight + expert * expert_words;
     for (int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x; i < expert_words; i += stride) {
@@ -65,7 +66,7 @@ void zero_empty_experts(const GroupedWgradArgs& args) {
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.num_experts, kMaxBlocks)),
                   static_cast<unsigned>(std::min(ceil_div(words, kThreads), kMaxColumns)));
   launch_kernel(zero_empty_kernel<Word16>, grid, kThreads, 0, args.stream, static_cast<Word16*>(args.grad_weight),
-                args.expert_offsets, args.num_experts, args.max_rows, words);
+                args.expert_offsets, args.trainable_experts, args.num_experts, args.max_rows, words);
 }
 
 }  // namespace moe_ext

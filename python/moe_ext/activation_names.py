@@ -5,8 +5,11 @@ from __future__ import annotations
 PLAIN_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu_squared")
 """y = f(x): the output is as wide as the pre-activation."""
 
-GATED_ACTIVATIONS = ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "reglu")
+GATED_ACTIVATIONS = ("swiglu", "swiglu_clamped", "swiglu_limited", "geglu", "geglu_tanh", "reglu")
 """y = f(gate) * up: the output is half as wide as the pre-activation."""
+
+LIMITED_ACTIVATIONS = ("swiglu_clamped", "swiglu_limited")
+"""Gated, with ``activation_limit`` on gate and up."""
 
 ACTIVATIONS = PLAIN_ACTIVATIONS + GATED_ACTIVATIONS
 

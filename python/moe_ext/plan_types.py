@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 
@@ -26,9 +27,10 @@ class RoutingPlan(NamedTuple):
     def row_bound(num_tokens: int, topk: int, num_experts: int, capacity: int | None, row_alignment: int) -> int:
         """M: the most rows that any routing can need, known without looking at the ids."""
         num_slots = num_tokens * topk
-        filled = num_slots if capacity is None else min(num_slots, num_experts * capacity)
+        # sym_min is min, but decides nothing where sizes are symbols (torch.compile, torch.export).
+        filled = num_slots if capacity is None else cast(int, torch.sym_min(num_slots, num_experts * capacity))
         # Only an expert that holds a row is padded, and by at most row_alignment - 1 rows.
-        return filled + min(num_experts, filled) * (row_alignment - 1)
+        return filled + cast(int, torch.sym_min(num_experts, filled)) * (row_alignment - 1)
 
     def topk_of(self, num_tokens: int, topk_weights: Tensor | None = None) -> int:
         """K, from the number of slots; of no tokens at all, that of ``topk_weights``."""

@@ -141,14 +141,14 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads)
     wgrad_kernel(const T* __restrict__ a, const T* __restrict__ b, Out* __restrict__ grad_weight,
-                 const int32_t* __restrict__ expert_offsets, int64_t num_experts, int64_t max_rows, int64_t rows,
-                 int64_t columns) {
+                 const int32_t* __restrict__ expert_offsets, const bool* __restrict__ trainable_experts,
+                 int64_t num_experts, int64_t max_rows, int64_t rows, int64_t columns) {
   __shared__ SharedTiles tiles;
   const int64_t row_tiles = ceil_div(rows, kTileRows), column_tiles = ceil_div(columns, kTileColumns);
   for (int64_t tile = blockIdx.x; tile < num_experts * row_tiles * column_tiles; tile += gridDim.x) {
     const int64_t expert = tile / (row_tiles * column_tiles);
     const int64_t row_tile = tile / column_tiles % row_tiles;
-    const RowRange range = rows_of_expert(expert_offsets, expert, max_rows);
+    const RowRange range = rows_that_train(expert_offsets, trainable_experts, expert, max_rows);
     compute_tile<T, Out, false, false>(tiles, {a + range.begin * rows, rows}, {b + range.begin * columns, columns},
                                        grad_weight + expert * rows * columns, columns, row_tile * kTileRows, rows,
                                        tile % column_tiles * kTileColumns, columns, range.end - range.begin);
@@ -179,7 +179,7 @@ void wgrad(const GroupedWgradArgs& args, int multiprocessors) {
   launch_kernel(wgrad_kernel<T, Out>, blocks_for(tiles, multiprocessors), kThreads, 0, args.stream,
                 static_cast<const T*>(nk ? args.grad_output : args.input),
                 static_cast<const T*>(nk ? args.input : args.grad_output), static_cast<Out*>(args.grad_weight),
-                args.expert_offsets, args.num_experts, args.max_rows, rows, columns);
+                args.expert_offsets, args.trainable_experts, args.num_experts, args.max_rows, rows, columns);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@ struct ProductArguments {
   TensorMap b;  // forward the weights; wgrad [M, columns]
   TensorMap d;  // forward [M, 1, N], under a concatenated gate and up [M, 2, N / 2]; wgrad [E, rows, columns]
   const int32_t* expert_offsets;
+  const bool* trainable_experts;  // wgrad: null for all
   int64_t num_experts, max_rows;
   int64_t rows;      // of D inside one expert; wgrad only
   int64_t columns;   // of D; under a concatenated gate and up, of each of the two

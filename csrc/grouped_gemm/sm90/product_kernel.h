@@ -142,7 +142,8 @@ struct WorkQueue {
       const int64_t expert = tile / (row_tiles * column_tiles);
       if (expert >= arguments.num_experts) return false;
       const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
-      const RowRange range = rows_of_expert(arguments.expert_offsets, expert, arguments.max_rows);
+      const RowRange range =
+          rows_that_train(arguments.expert_offsets, arguments.trainable_experts, expert, arguments.max_rows);
       *work = {expert,   position.row * Config::kRows, arguments.rows, position.column * Config::kColumns, range.begin,
                range.end};
       tile += gridDim.x;

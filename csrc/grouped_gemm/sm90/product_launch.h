@@ -98,6 +98,7 @@ const char* launch_wgrad(const GroupedWgradArgs& args, const RowGather& gather, 
   }
   if (error) return error;
   arguments.expert_offsets = args.expert_offsets;
+  arguments.trainable_experts = args.trainable_experts;
   arguments.num_experts = e;
   arguments.max_rows = m;
   arguments.rows = rows;

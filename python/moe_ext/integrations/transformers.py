@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_ext.activation_names import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from moe_ext.activation_names import GATED_ACTIVATIONS, LIMITED_ACTIVATIONS, PLAIN_ACTIVATIONS
 from moe_ext.ops.experts import moe_mlp
 from moe_ext.ops.grouped_gemm import Gather, grouped_gemm
 from moe_ext.ops.permutation import unpermute
@@ -30,7 +30,7 @@ from moe_ext.reference.activation import activate
 
 NAME = "moe_ext"
 
-# Attributes that hold the two numbers of a clamped SwiGLU: gpt-oss's names, then MiniMax-M3's.
+# Attributes that hold the numbers of a clamped SwiGLU: gpt-oss's names, also those of DeepSeek-V4, then MiniMax-M3's.
 _ALPHAS = ("alpha", "swiglu_alpha")
 _LIMITS = ("limit", "swiglu_limit")
 _CACHE = "_moe_ext_activation"
@@ -174,10 +174,12 @@ def _candidates(experts: Any) -> list[Activation]:
     if not experts.has_gate:
         return [Activation(name) for name in PLAIN_ACTIVATIONS]
     layout = "concatenated" if experts.is_concatenated else "interleaved"
-    names = [Activation(name, layout) for name in GATED_ACTIVATIONS if name != "swiglu_clamped"]
+    # Those with a limit first: below it the values of the others may be the same.
+    found = []
     for limit in _numbers(experts, _LIMITS):
-        names += [Activation("swiglu_clamped", layout, alpha, limit) for alpha in _numbers(experts, _ALPHAS)]
-    return names
+        found.append(Activation("swiglu_limited", layout, limit=limit))
+        found += [Activation("swiglu_clamped", layout, alpha, limit) for alpha in _numbers(experts, _ALPHAS)]
+    return found + [Activation(name, layout) for name in GATED_ACTIVATIONS if name not in LIMITED_ACTIVATIONS]
 
 
 def _numbers(experts: Any, attributes: tuple[str, ...]) -> list[float]:

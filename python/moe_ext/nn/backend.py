@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Literal
 
 from torch import nn
 
+import moe_ext
+import moe_ext.reference
+
 Backend = Literal["kernels", "reference"]
-_MODULES = {"kernels": "moe_ext", "reference": "moe_ext.reference"}
+_MODULES: dict[str, ModuleType] = {"kernels": moe_ext, "reference": moe_ext.reference}
 
 
 class BackendModule(nn.Module):
@@ -23,4 +25,4 @@ class BackendModule(nn.Module):
 
     @property
     def ops(self) -> ModuleType:
-        return importlib.import_module(_MODULES[self.backend])
+        return _MODULES[self.backend]

@@ -1,20 +1,24 @@
-"""A whole mixture-of-experts layer: router, routed experts, shared expert, losses, statistics."""
+"""A whole mixture-of-experts layer: router, groups of experts, shared expert, losses, statistics."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import _register_namedtuple
 
 from moe_ext.nn.backend import Backend, BackendModule
-from moe_ext.nn.experts import Experts
-from moe_ext.nn.router import TopKRouter
+from moe_ext.nn.experts import ExpertGroups, Experts, count_experts
+from moe_ext.nn.knobs import Knobs
+from moe_ext.nn.router import Router, Routing, TopKRouter
+from moe_ext.ops.gating import router_losses
 
 
 class MoEOutput(NamedTuple):
-    """What :class:`MoELayer` returns."""
+    """What :class:`MoE` returns."""
 
     hidden: Tensor
     """The shape and dtype of the input."""
@@ -22,15 +26,30 @@ class MoEOutput(NamedTuple):
     """Scalar, see :func:`moe_ext.router_losses`; multiply with a coefficient and add it to the loss."""
     z_loss: Tensor
     """Scalar, see :func:`moe_ext.router_losses`."""
+    topk_weights: Tensor
+    """[num_tokens, topk], as all that follows from the router: with gradients, for losses of one's own."""
+    topk_ids: Tensor
+    """[num_tokens, topk] int32."""
+    logits: Tensor
+    """[num_tokens, num_experts]."""
+
+    @property
+    def routing(self) -> Routing:
+        """What the router said."""
+        return Routing(self.topk_weights, self.topk_ids, self.logits)
+
+
+# torch.export writes the type of a module's result down by this name.
+_register_namedtuple(MoEOutput, serialized_type_name="moe_ext.nn.MoEOutput")
 
 
 class LayerStatistics(NamedTuple):
-    """The last call of a :class:`MoELayer`, on its device, without gradient."""
+    """The last call of a :class:`MoE`, on its device, without gradient."""
 
     tokens_per_expert: Tensor
     """[num_experts] int32: what the router asked for."""
     dropped_slots: Tensor
-    """Scalar int64: slots that no expert took, because of capacity."""
+    """Scalar int64: slots that no expert took, because of capacity or because the router left them empty."""
     topk_ids: Tensor
     """[num_tokens, topk] int32."""
 
@@ -50,20 +69,120 @@ class SharedExpert(nn.Module):
         return output if self.gate is None else output * torch.sigmoid(self.gate(hidden))
 
 
-class MoELayer(BackendModule):
-    """Router, routed experts and, if asked, a shared expert.
+class MoE(BackendModule):
+    """A layer of any parts.
+
+    Args:
+        router: a :class:`TopKRouter`, an :class:`ExpertChoiceRouter`, or a subclass of :class:`Router`.
+        experts: :class:`Experts` or another kind, or :class:`ExpertGroups` of several kinds; as many in all as the
+            router knows.
+        shared: any module that sees every row; its output is added.
+        capacity_factor: gamma. An expert takes at most ``ceil(gamma * num_tokens * topk / num_experts)`` rows, those
+            with the highest weights first; with ``capacity_shares`` s of :class:`ExpertGroups`, one of group g at most
+            ``ceil(gamma * s_g * num_tokens * topk / sum over experts of s)`` (MoE++). None for dropless.
+        losses: keyword arguments of :func:`moe_ext.router_losses`, beside the score function, which is the router's.
+        sequence_level: take the balance loss of each sequence on its own (DeepSeek's sequence-wise loss); ``hidden`` is
+            [..., sequence_length, hidden_size] then.
+        backend: ``kernels``, or ``reference`` for the ops in plain torch.
+
+    ``statistics`` holds a :class:`LayerStatistics` of the last call, None before the first.
+
+    Raises:
+        ValueError: the experts are not as many as the router knows.
+        TypeError: an option that :func:`moe_ext.router_losses` does not have.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: nn.Module,
+        *,
+        shared: nn.Module | None = None,
+        capacity_factor: float | None = None,
+        losses: dict[str, Any] | None = None,
+        sequence_level: bool = False,
+        backend: Backend = "kernels",
+    ) -> None:
+        super().__init__(backend)
+        if (found := count_experts(experts)) != router.num_experts:
+            raise ValueError(f"experts: expected {router.num_experts}, the router's number, got {found}")
+        self.router, self.experts, self.shared = router, experts, shared
+        self.capacity_factor = capacity_factor
+        self.sequence_level = sequence_level
+        self.losses = Knobs(router_losses, losses or {}, reserved=("score_function",))
+        self.statistics: LayerStatistics | None = None
+
+    def capacity(self, num_tokens: int, group: int = 0) -> int | None:
+        """Rows an expert of a group takes at most, None for no limit."""
+        if self.capacity_factor is None:
+            return None
+        groups = self._groups()
+        total = sum(share * count_experts(experts) for share, experts in groups)
+        return math.ceil(self.capacity_factor * groups[group][0] * num_tokens * self.router.topk / total)
+
+    def _groups(self) -> list[tuple[float, nn.Module]]:
+        if isinstance(self.experts, ExpertGroups):
+            return list(zip(self.experts.capacity_shares, self.experts, strict=True))
+        return [(1.0, self.experts)]
+
+    def forward(self, hidden: Tensor, *context: Any, **gating: Any) -> MoEOutput:
+        """Run the layer.
+
+        Args:
+            hidden: [..., hidden_size] with any leading dimensions.
+            context, gating: what the router takes beside the rows; their rows are those of ``hidden`` flattened.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        routing = self.route(rows, *context, **gating)
+        output, dropped = self.run_experts(rows, routing)
+        if self.shared is not None:
+            output = output + self.shared(rows)
+        sequences = {"num_sequences": math.prod(hidden.shape[:-2])} if self.sequence_level else {}
+        knobs = self.losses(routing.logits.dtype, sequences)
+        balance_loss, z_loss, tokens_per_expert = self.ops.router_losses(
+            routing.logits, routing.topk_ids, score_function=self.router.score_function, **knobs
+        )
+        self.statistics = LayerStatistics(tokens_per_expert, dropped, routing.topk_ids)
+        # A router with a balance loss of its own is balanced by that one (noisy top-k).
+        balance_loss = getattr(routing, "balance_loss", balance_loss)
+        return MoEOutput(output.view(*hidden.shape[:-1], output.shape[-1]), balance_loss, z_loss, *routing[:3])
+
+    def route(self, rows: Tensor, *context: Any, **gating: Any) -> Routing:
+        """What the router says to rows [num_tokens, hidden_size]; where a system adds to its router."""
+        routing: Routing = self.router(rows, *context, **gating)
+        return routing
+
+    def run_experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The sum of all groups for rows [num_tokens, hidden_size], and how many slots no group took."""
+        output, first = None, 0
+        taken = torch.zeros((), dtype=torch.int64, device=rows.device)
+        for group, (_, experts) in enumerate(self._groups()):
+            capacity = self.capacity(rows.shape[0], group)
+            plan = self.ops.routing_plan(
+                routing.topk_ids - first if first else routing.topk_ids,
+                count_experts(experts),
+                capacity=capacity,
+                drop_scores=None if capacity is None else routing.topk_weights.detach(),
+            )
+            part = experts(rows, plan, routing.topk_weights)
+            output = part if output is None else output + part
+            taken = taken + (plan.slot_to_permuted >= 0).sum()
+            first += count_experts(experts)
+        assert output is not None
+        return output, routing.topk_ids.numel() - taken
+
+
+class MoELayer(MoE):
+    """The usual :class:`MoE` from sizes: a linear router, MLP experts and, if asked, a SwiGLU shared expert.
 
     Args:
         hidden_size, intermediate_size, num_experts, topk: sizes.
         shared_intermediate_size: width of the shared expert, 0 for none; several shared experts are one wide one.
         shared_gate: scale the shared expert with a sigmoid gate.
-        capacity_factor: an expert takes at most ``ceil(capacity_factor * num_tokens * topk / num_experts)`` rows, those
-            with the highest weights first; None for dropless.
+        capacity_factor, losses, sequence_level: as in :class:`MoE`.
         router: keyword arguments of :class:`TopKRouter`.
         experts: keyword arguments of :class:`Experts`.
         backend: ``kernels``, or ``reference`` for the ops in plain torch.
-
-    ``statistics`` holds a :class:`LayerStatistics` of the last call, None before the first.
     """
 
     def __init__(
@@ -78,40 +197,17 @@ class MoELayer(BackendModule):
         capacity_factor: float | None = None,
         router: dict[str, Any] | None = None,
         experts: dict[str, Any] | None = None,
+        losses: dict[str, Any] | None = None,
+        sequence_level: bool = False,
         backend: Backend = "kernels",
     ) -> None:
-        super().__init__(backend)
-        self.capacity_factor = capacity_factor
-        self.router = TopKRouter(hidden_size, num_experts, topk, backend=backend, **(router or {}))
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, backend=backend, **(experts or {}))
-        self.shared = (
-            SharedExpert(hidden_size, shared_intermediate_size, gated=shared_gate) if shared_intermediate_size else None
+        shared = shared_intermediate_size > 0
+        super().__init__(
+            TopKRouter(hidden_size, num_experts, topk, backend=backend, **(router or {})),
+            Experts(num_experts, hidden_size, intermediate_size, backend=backend, **(experts or {})),
+            shared=SharedExpert(hidden_size, shared_intermediate_size, gated=shared_gate) if shared else None,
+            capacity_factor=capacity_factor,
+            losses=losses,
+            sequence_level=sequence_level,
+            backend=backend,
         )
-        self.statistics: LayerStatistics | None = None
-
-    def capacity(self, num_tokens: int) -> int | None:
-        """Rows an expert takes at most, None for no limit."""
-        if self.capacity_factor is None:
-            return None
-        return -int(-self.capacity_factor * num_tokens * self.router.topk // self.experts.num_experts)
-
-    def forward(self, hidden: Tensor) -> MoEOutput:
-        """hidden [..., hidden_size] with any leading dimensions -> :class:`MoEOutput`."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        topk_weights, topk_ids, logits = self.router(rows)
-        balance_loss, z_loss, tokens_per_expert = self.ops.router_losses(
-            logits, topk_ids, score_function=self.router.score_function
-        )
-        capacity = self.capacity(rows.shape[0])
-        plan = self.ops.routing_plan(
-            topk_ids,
-            self.experts.num_experts,
-            capacity=capacity,
-            drop_scores=None if capacity is None else topk_weights.detach(),
-        )
-        output = self.experts(rows, plan, topk_weights)
-        if self.shared is not None:
-            output = output + self.shared(rows)
-        dropped = (plan.slot_to_permuted < 0).sum()
-        self.statistics = LayerStatistics(tokens_per_expert, dropped, topk_ids)
-        return MoEOutput(output.view(hidden.shape), balance_loss, z_loss)

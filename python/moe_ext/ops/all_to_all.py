@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
+from moe_ext.ops.autograd import register_autograd
 from moe_ext.ops.permutation import permute, unpermute
 from moe_ext.plan_types import A2APlan, RoutingPlan
 
@@ -196,6 +197,6 @@ def _a2a_combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, N
     return permute(grad, send_to_slot, slot_to_send, ctx.slots_per_token), None, None, None
 
 
-torch.library.register_autograd("moe_ext::a2a_pack", _a2a_pack_backward, setup_context=_a2a_pack_setup)
-torch.library.register_autograd("moe_ext::a2a_unpack", _a2a_unpack_backward, setup_context=_a2a_unpack_setup)
-torch.library.register_autograd("moe_ext::a2a_combine", _a2a_combine_backward, setup_context=_a2a_combine_setup)
+register_autograd("moe_ext::a2a_pack", _a2a_pack_backward, setup_context=_a2a_pack_setup)
+register_autograd("moe_ext::a2a_unpack", _a2a_unpack_backward, setup_context=_a2a_unpack_setup)
+register_autograd("moe_ext::a2a_combine", _a2a_combine_backward, setup_context=_a2a_combine_setup)

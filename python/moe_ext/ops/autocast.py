@@ -6,6 +6,7 @@ floating argument, the router weights among them.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import overload
 
 import torch
@@ -18,8 +19,20 @@ def cast_for_product(factor: Tensor) -> Tensor: ...
 def cast_for_product(factor: None) -> None: ...
 def cast_for_product(factor: Tensor | None) -> Tensor | None:
     """The tensor in autocast's dtype where autocast is on for its device; float64 stays, as it does in torch."""
-    if factor is None or not torch.is_autocast_enabled(factor.device.type):
+    if factor is None or not _is_on(factor.device.type):
         return factor
     if factor.dtype == torch.float64 or not factor.is_floating_point():
         return factor
     return factor.to(torch.get_autocast_dtype(factor.device.type))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside, autocast is off for the tensor's device; nothing on a device that has none (meta)."""
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

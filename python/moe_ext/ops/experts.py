@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
 from moe_ext.ops.autocast import cast_for_product
+from moe_ext.ops.autograd import register_autograd
 from moe_ext.plan_types import RoutingPlan
 
 _ops = torch.ops.moe_ext
@@ -33,11 +34,12 @@ def expert_activation(
         activation: plain, output as wide as the input: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``quick_gelu``
             (x sigmoid(1.702 x), CLIP), ``relu``, ``relu_squared`` (Primer). Gated, output half as wide: ``swiglu``
             (silu(gate) up), ``geglu`` (gelu(gate) up), ``geglu_tanh``, ``reglu`` (relu(gate) up), all from "GLU
-            variants improve transformer" (arXiv 2002.05202), and ``swiglu_clamped`` (gpt-oss: gate clamped to
-            <= limit, up to [-limit, limit], gate sigmoid(alpha gate) (up + 1)).
+            variants improve transformer" (arXiv 2002.05202); and with gate clamped to <= limit and up to
+            [-limit, limit], ``swiglu_clamped`` (gpt-oss: gate sigmoid(alpha gate) (up + 1)) and ``swiglu_limited``
+            (DeepSeek-V4: silu(gate) up).
         gate_up_layout: ``"concatenated"`` for rows [gate | up], ``"interleaved"`` for gate0, up0, gate1, up1, ...
         activation_alpha: alpha of ``swiglu_clamped``.
-        activation_limit: limit of ``swiglu_clamped``, > 0.
+        activation_limit: limit of ``swiglu_clamped`` and ``swiglu_limited``, > 0.
 
     Returns:
         [num_rows, width] or [num_rows, width / 2] in the dtype of ``pre_activation``. Differentiable once.
@@ -65,6 +67,7 @@ def moe_mlp(
     down_bias: Tensor | None = None,
     activation_alpha: float = 1.702,
     activation_limit: float = 7.0,
+    trainable_experts: Tensor | None = None,
 ) -> Tensor:
     """Run every token through its experts: gather, up projection, activation, down projection, weighted sum.
 
@@ -89,12 +92,15 @@ def moe_mlp(
         gate_up_bias: [num_experts, columns of the up projection] in the dtype of ``input``.
         down_bias: [num_experts, hidden_size] in the dtype of ``input``; it is weighted like the rest of the output.
         activation_alpha: alpha of ``swiglu_clamped``.
-        activation_limit: limit of ``swiglu_clamped``, > 0.
+        activation_limit: limit of ``swiglu_clamped`` and ``swiglu_limited``, > 0.
+        trainable_experts: [num_experts] bool; weights and biases of an expert whose entry is False get gradient zero,
+            and no product is spent on it (the frozen experts of MoExtend). None trains all.
 
     Returns:
         [num_tokens, hidden_size] in the dtype of ``input``; the sum over a token's slots is taken in fp32 and rounded
         once. A token whose slots were all dropped gets zeros. Differentiable once in every floating argument; a dropped
-        slot's weight gets gradient zero.
+        slot's weight gets gradient zero. Arguments that need no gradient, frozen weights say, cost the backward no
+        product and no memory.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
@@ -121,6 +127,7 @@ def moe_mlp(
         activation_alpha,
         activation_limit,
         save,
+        trainable_experts,
     )[0]
     return output
 
@@ -162,6 +169,7 @@ def _moe_mlp_fake(
     activation_alpha: float,
     activation_limit: float,
     save_pre_activation: bool,
+    trainable_experts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     width = gate_up_weight.shape[1] if weight_layout == "enk" else gate_up_weight.shape[2]
     saved_rows = permuted_to_slot.shape[0] if save_pre_activation else 0
@@ -187,21 +195,20 @@ def _moe_mlp_backward_fake(
     gate_up_layout: str,
     activation_alpha: float,
     activation_limit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
+    output_mask: list[bool],
+    trainable_experts: Tensor | None,
+) -> tuple[Tensor, ...]:
     router_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    no_weights = input.new_empty(0, topk, dtype=router_dtype)
-    no_bias, no_down_bias = input.new_empty(0, pre_activation.shape[1]), input.new_empty(0, input.shape[1])
-    return (
-        like(input),
-        like(gate_up_weight),
-        like(down_weight),
-        no_weights if topk_weights is None else like(topk_weights),
-        no_bias if gate_up_bias is None else like(gate_up_bias),
-        no_down_bias if down_bias is None else like(down_bias),
-    )
+    arguments = (input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias)
+    matrices = [x.shape[1:] for x in (input, gate_up_weight, down_weight)]
+    widths = (*matrices, (topk,), pre_activation.shape[1:], input.shape[1:])
+    return tuple(
+        input.new_empty(
+            argument.shape[0] if argument is not None and wanted else 0, *width,
+            dtype=router_dtype if place == 3 else input.dtype,
+        )
+        for place, (argument, width, wanted) in enumerate(zip(arguments, widths, output_mask, strict=True))
+    )  # fmt: skip
 
 
 def _expert_activation_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,28 +223,32 @@ def _expert_activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
 
 # Places of the floating arguments of moe_mlp, in the order of moe_mlp_backward's results.
 _FLOATING_ARGUMENTS = (0, 1, 2, 6, 7, 8)
+_BIASES = (7, 8)
 
 
 def _moe_mlp_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, topk, weight_layout, activation, gate_up_layout, alpha, limit, save_pre_activation = inputs
+    tensors, settings, (save_pre_activation, trainable_experts) = inputs[:9], inputs[9:15], inputs[15:]
     if not save_pre_activation:
         raise RuntimeError("save_pre_activation: expected True, since a gradient is asked for")
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.settings = (topk, weight_layout, activation, gate_up_layout, alpha, limit)
+    ctx.save_for_backward(*tensors, output[1], trainable_experts)
+    ctx.settings = settings
 
 
 def _moe_mlp_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 16
+    grads: list[Tensor | None] = [None] * 17
     if grad is not None:
-        results = _ops.moe_mlp_backward(grad, *ctx.saved_tensors, *ctx.settings)
-        for place, result in zip(_FLOATING_ARGUMENTS, results, strict=True):
-            grads[place] = result if ctx.needs_input_grad[place] else None
+        wanted = [ctx.needs_input_grad[place] for place in _FLOATING_ARGUMENTS]
+        *tensors, trainable_experts = ctx.saved_tensors
+        results = _ops.moe_mlp_backward(grad, *tensors, *ctx.settings, wanted, trainable_experts)
+        for place, result, asked_for in zip(_FLOATING_ARGUMENTS, results, wanted, strict=True):
+            grads[place] = result if asked_for else None
+        for place in _BIASES if trainable_experts is not None else ():
+            bias = grads[place]
+            grads[place] = None if bias is None else bias.masked_fill(~trainable_experts[:, None], 0)
     return tuple(grads)
 
 
-torch.library.register_autograd(
-    "moe_ext::expert_activation", _expert_activation_backward, setup_context=_expert_activation_setup
-)
-torch.library.register_autograd("moe_ext::moe_mlp", _moe_mlp_backward, setup_context=_moe_mlp_setup)
+register_autograd("moe_ext::expert_activation", _expert_activation_backward, setup_context=_expert_activation_setup)
+register_autograd("moe_ext::moe_mlp", _moe_mlp_backward, setup_context=_moe_mlp_setup)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
 from moe_ext.ops.autocast import cast_for_product
+from moe_ext.ops.autograd import register_autograd
 from moe_ext.ops.permutation import unpermute
 
 _ops = torch.ops.moe_ext
@@ -53,7 +54,7 @@ def grouped_gemm(
         activation: ``"none"`` or one of ``moe_ext.activation_names.ACTIVATIONS``, applied to the product.
         gate_up_layout: how gate and up columns lie for a gated activation: ``"concatenated"`` or ``"interleaved"``.
         activation_alpha: the slope inside the sigmoid of ``"swiglu_clamped"``.
-        activation_limit: the clamp of ``"swiglu_clamped"``, > 0.
+        activation_limit: the clamp of ``"swiglu_clamped"`` and ``"swiglu_limited"``, > 0.
 
     Returns:
         [num_rows, out_features] (half as wide under a gated activation) in the dtype of ``input``, accumulated in
@@ -93,6 +94,7 @@ def grouped_gemm_wgrad(
     weight_layout: str,
     gather: Gather | None = None,
     out_dtype: torch.dtype | None = None,
+    trainable_experts: Tensor | None = None,
 ) -> Tensor:
     """The gradient of :func:`grouped_gemm` (without activation) to its weight.
 
@@ -103,6 +105,8 @@ def grouped_gemm_wgrad(
         weight_layout: ``"enk"`` or ``"ekn"``, the layout of the result.
         gather: as in :func:`grouped_gemm`; it applies to ``input`` only.
         out_dtype: the dtype of ``input`` (None) or float32, for gradients that are accumulated further.
+        trainable_experts: [num_experts] bool; an expert whose entry is False gets zeros and no product. None trains
+            all.
 
     Returns:
         [num_experts, out_features, in_features] (``"enk"``) or [num_experts, in_features, out_features] (``"ekn"``),
@@ -113,8 +117,9 @@ def grouped_gemm_wgrad(
     """
     permuted_to_slot, slot_to_permuted, topk = gather or (None, None, 1)
     grad_weight: Tensor = _ops.grouped_gemm_wgrad(
-        input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted, topk, out_dtype
-    )
+        input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted, topk, out_dtype,
+        trainable_experts,
+    )  # fmt: skip
     return grad_weight
 
 
@@ -169,6 +174,7 @@ def _grouped_gemm_wgrad_fake(
     slot_to_permuted: Tensor | None,
     topk: int,
     out_dtype: torch.dtype | None,
+    trainable_experts: Tensor | None,
 ) -> Tensor:
     out_features, in_features = grad_output.shape[1], input.shape[1]
     matrix = (out_features, in_features) if weight_layout == "enk" else (in_features, out_features)
@@ -224,36 +230,39 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tens
         rows = _multiply(grad, weight, expert_offsets, _transposed(ctx.weight_layout))
         grads[0] = rows if permuted_to_slot is None else unpermute(rows, *maps)
     if ctx.needs_input_grad[1]:
-        grads[1] = _ops.grouped_gemm_wgrad(input, grad, expert_offsets, ctx.weight_layout, *maps, None)
+        grads[1] = _ops.grouped_gemm_wgrad(input, grad, expert_offsets, ctx.weight_layout, *maps, None, None)
     if ctx.needs_input_grad[4]:
         grads[4] = _ops.grouped_bias_grad(grad, expert_offsets, None)
     return tuple(grads)
 
 
 def _grouped_gemm_wgrad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, grad_output, expert_offsets, ctx.weight_layout, permuted_to_slot, slot_to_permuted, ctx.topk, _ = inputs
+    input, grad_output, expert_offsets, ctx.weight_layout, permuted_to_slot, slot_to_permuted, ctx.topk = inputs[:7]
     ctx.save_for_backward(
         input if ctx.needs_input_grad[1] else None,
         grad_output if ctx.needs_input_grad[0] else None,
         expert_offsets,
         permuted_to_slot,
         slot_to_permuted,
+        inputs[8],
     )
     ctx.dtype = input.dtype
 
 
 def _grouped_gemm_wgrad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The gradient of a weight's gradient stands where the weight stands in the product.
-    input, grad_output, expert_offsets, permuted_to_slot, slot_to_permuted = ctx.saved_tensors
+    input, grad_output, expert_offsets, permuted_to_slot, slot_to_permuted, trainable_experts = ctx.saved_tensors
     maps = (permuted_to_slot, slot_to_permuted, ctx.topk)
     weight = grad.to(ctx.dtype)
+    if trainable_experts is not None:
+        weight = weight.masked_fill(~trainable_experts[:, None, None], 0)
     grad_input = grad_grad_output = None
     if ctx.needs_input_grad[0]:
         grad_input = _multiply(grad_output, weight, expert_offsets, _transposed(ctx.weight_layout))
         grad_input = grad_input if permuted_to_slot is None else unpermute(grad_input, *maps)
     if ctx.needs_input_grad[1]:
         grad_grad_output = _multiply(input, weight, expert_offsets, ctx.weight_layout, maps)
-    return grad_input, grad_grad_output, None, None, None, None, None, None
+    return grad_input, grad_grad_output, *[None] * 7
 
 
 def _grouped_bias_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -272,10 +281,6 @@ def _grouped_bias_grad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, N
     return torch.where(held[:, None], spread, torch.zeros_like(spread)), None, None
 
 
-torch.library.register_autograd("moe_ext::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
-torch.library.register_autograd(
-    "moe_ext::grouped_gemm_wgrad", _grouped_gemm_wgrad_backward, setup_context=_grouped_gemm_wgrad_setup
-)
-torch.library.register_autograd(
-    "moe_ext::grouped_bias_grad", _grouped_bias_grad_backward, setup_context=_grouped_bias_grad_setup
-)
+register_autograd("moe_ext::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
+register_autograd("moe_ext::grouped_gemm_wgrad", _grouped_gemm_wgrad_backward, setup_context=_grouped_gemm_wgrad_setup)
+register_autograd("moe_ext::grouped_bias_grad", _grouped_bias_grad_backward, setup_context=_grouped_bias_grad_setup)

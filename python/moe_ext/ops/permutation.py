@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
+from moe_ext.ops.autograd import register_autograd
 
 _ops = torch.ops.moe_ext
 
@@ -110,5 +111,5 @@ def _unpermute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Ten
     return grad_input, None, None, grad_weights, None
 
 
-torch.library.register_autograd("moe_ext::permute", _permute_backward, setup_context=_permute_setup)
-torch.library.register_autograd("moe_ext::unpermute", _unpermute_backward, setup_context=_unpermute_setup)
+register_autograd("moe_ext::permute", _permute_backward, setup_context=_permute_setup)
+register_autograd("moe_ext::unpermute", _unpermute_backward, setup_context=_unpermute_setup)

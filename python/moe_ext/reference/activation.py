@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ext.activation_names import GATED_ACTIVATIONS
+from moe_ext.activation_names import GATED_ACTIVATIONS, LIMITED_ACTIVATIONS
 
 # A gated activation is one of these of the gate, times up.
 SCALAR_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,10 +36,12 @@ def activate(
         gate, up = pre_activation[:, ::2], pre_activation[:, 1::2]
     else:
         gate, up = pre_activation.chunk(2, dim=1)
-    if activation == "swiglu_clamped":
+    if activation in LIMITED_ACTIVATIONS:
         # Not torch.clamp: whether a gradient passes at the limit itself depends on torch's version. Here none does.
         gate = torch.where(gate >= activation_limit, activation_limit, gate)
         up = torch.where(up >= activation_limit, activation_limit, up)
         up = torch.where(up <= -activation_limit, -activation_limit, up)
+        if activation == "swiglu_limited":
+            return F.silu(gate) * up
         return gate * torch.sigmoid(activation_alpha * gate) * (up + 1)
     return SCALAR_FUNCTIONS[activation](gate) * up

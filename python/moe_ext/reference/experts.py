@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from moe_ext.plan_types import RoutingPlan
@@ -22,6 +25,13 @@ def expert_activation(
     return activate(pre_activation, activation, gate_up_layout, activation_alpha, activation_limit)
 
 
+def _frozen(parameter: Tensor | None, trainable_experts: Tensor | None) -> Any:
+    """The same values, with gradient zero where an expert is not trained."""
+    if parameter is None or trainable_experts is None:
+        return parameter
+    return torch.where(trainable_experts.view(-1, *[1] * (parameter.dim() - 1)), parameter, parameter.detach())
+
+
 def moe_mlp(
     input: Tensor,
     gate_up_weight: Tensor,
@@ -36,8 +46,12 @@ def moe_mlp(
     down_bias: Tensor | None = None,
     activation_alpha: float = 1.702,
     activation_limit: float = 7.0,
+    trainable_experts: Tensor | None = None,
 ) -> Tensor:
     """See :func:`moe_ext.moe_mlp`."""
+    gate_up_weight, down_weight, gate_up_bias, down_bias = (
+        _frozen(x, trainable_experts) for x in (gate_up_weight, down_weight, gate_up_bias, down_bias)
+    )
     topk = plan.topk_of(input.shape[0], topk_weights)
     pre_activation = grouped_gemm(
         input,

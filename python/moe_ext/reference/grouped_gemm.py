@@ -51,6 +51,7 @@ def grouped_gemm_wgrad(
     weight_layout: str,
     gather: tuple[Tensor, Tensor, int] | None = None,
     out_dtype: torch.dtype | None = None,
+    trainable_experts: Tensor | None = None,
 ) -> Tensor:
     """See :func:`moe_ext.grouped_gemm_wgrad`."""
     rows = input if gather is None else permute(input, *gather)
@@ -60,7 +61,8 @@ def grouped_gemm_wgrad(
     for begin, end in pairwise(boundaries):
         x, grad = rows[begin:end].to(dtype), grad_output[begin:end].to(dtype)
         gradients.append(grad.t() @ x if weight_layout == "enk" else x.t() @ grad)
-    return torch.stack(gradients)
+    stacked = torch.stack(gradients)
+    return stacked if trainable_experts is None else stacked.masked_fill(~trainable_experts[:, None, None], 0)
 
 
 def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+from test_compile import *  # noqa: F403

@@ -1,0 +1,1 @@
+from test_drop_in import *  # noqa: F403

@@ -1,0 +1,1 @@
+from test_gating_knobs import *  # noqa: F403

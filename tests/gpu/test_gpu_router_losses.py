@@ -1,0 +1,1 @@
+from test_router_losses import *  # noqa: F403

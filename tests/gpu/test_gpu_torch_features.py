@@ -1,0 +1,1 @@
+from test_torch_features import *  # noqa: F403
