@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import moe_ext
 
-from .case import Case, Cases, Context
+from .case import Case, Cases, Context, with_peak
 from .layers import Layer
 from .shapes import (
     CPU_DECODE,
@@ -71,7 +71,8 @@ def layer_cases(
     if table == "D" and context.device == "cuda":
         # Decode as it is served: replayed. What cannot be captured (a host sync inside) stays eager and says so.
         runs = {n: _graph_or_eager(n, run, skipped) for n, run in runs.items()}
-    yield Case("moe_mlp", table, name, dtype, routing, "forward", runs.pop("ours"), runs, {"dense mm": layer.dense()},
+    yield Case("moe_mlp", table, name, dtype, routing, "forward", runs.pop("ours"), runs,
+               with_peak(context, {"dense mm": layer.dense()}, shape.forward_flops, dtype),
                skipped, flops=shape.forward_flops, bytes=weight_bytes,
                read_bytes=weight_bytes if table == "D" else 0.0)  # fmt: skip
     if backward:
@@ -80,7 +81,8 @@ def layer_cases(
         moved = 2.0 * weight_bytes + layer.weight_bytes if decode else 3.0 * weight_bytes
         steps = layer.steps()
         yield Case("moe_mlp_backward", table, name, dtype, routing, "forward+backward", steps.pop("ours"), steps,
-                   {} if decode else {"dense mm": layer.dense(backward=True)},
+                   {} if decode else with_peak(context, {"dense mm": layer.dense(backward=True)},
+                                               3.0 * shape.forward_flops, dtype),
                    {**layer.skipped, **layer.skipped_backward}, flops=3.0 * shape.forward_flops,
                    bytes=moved)  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import moe_ext
 
-from .case import Case, Cases, Context
+from .case import Case, Cases, Context, with_peak
 from .shapes import CPU_GEMMS, GPU_GEMMS, GPU_LAYERS
 
 OPS = ("grouped_gemm", "grouped_gemm_wgrad", "grouped_bias_grad")
@@ -48,7 +48,8 @@ def product_cases(context: Context, name: str, groups: int, rows: int, n: int, k
     bytes_moved = float(element * (rows * (n + k) + groups * n * k))
 
     def make(op: str, direction: str, ours, peers, ceilings, work: float, amount: float) -> Case:
-        return Case(op, "B", name, dtype, "equal groups", direction, ours, peers, ceilings, flops=work, bytes=amount)
+        limits = with_peak(context, ceilings, work, dtype) if work else ceilings
+        return Case(op, "B", name, dtype, "equal groups", direction, ours, peers, limits, flops=work, bytes=amount)
 
     def loop() -> Tensor:
         return torch.cat([x[a:b] @ weight[e].T for e, (a, b) in enumerate(bounds)])

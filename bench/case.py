@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .machine import spend_flops
 from .routing import make_topk_ids
 from .shapes import LayerShape
 
@@ -113,6 +114,15 @@ class Context:
 
 
 Cases = Iterator[Case]
+
+
+def with_peak(
+    context: Context, ceilings: dict[str, Callable[[], Any]], flops: float, dtype: torch.dtype
+) -> dict[str, Callable[[], Any]]:
+    """The ceilings of a case and, on a CPU, its FLOPs from register to register: what no product goes below."""
+    if context.device == "cpu":
+        ceilings["peak"] = lambda: spend_flops(flops, dtype)
+    return ceilings
 
 
 def _tensors(result: Any) -> list[Tensor]:

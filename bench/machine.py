@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 import moe_ext
+from moe_ext import _library
 
 from .timing import Timer
 
@@ -53,6 +55,14 @@ def describe(device: str) -> dict[str, Any]:
     info["copy_bytes_per_second"] = copy_bandwidth(device)
     info["read_bytes_per_second"] = read_bandwidth(device)
     return info
+
+
+def spend_flops(flops: float, dtype: torch.dtype) -> None:
+    """So many floating-point operations of multiply-adds from register to register on all of torch's CPU threads, with
+    bfloat16 factors where the machine has instructions for them: the peak that no product exceeds."""
+    spend = ctypes.CDLL(str(_library.PACKAGE / "libmoe_ext.so")).moe_ext_spend_flops
+    spend.argtypes, spend.restype = (ctypes.c_double, ctypes.c_bool), None
+    spend(flops, dtype == torch.bfloat16)
 
 
 def copy_bandwidth(device: str) -> float:

@@ -11,9 +11,10 @@ from typing import Any
 SCHEMA_VERSION = 2  # 2 added the samples of each row
 EXPLANATION = """Times are medians of interleaved rounds; speedup is the best peer's time over ours,
 so above 1 is faster; every peer's result was compared with ours before it was timed. The ceiling is the share reached
-of a dense product of equal FLOPs, or of the bandwidth of a copy or of reading, measured in the same run; for decode, of
-reading the weights that are used, once. Peak memory is what a forward and backward adds to inputs, weights and incoming
-gradient, each contender in a process of its own (`bench/memory.py`). No GPU has been measured yet."""
+of a dense product of equal FLOPs and, on a CPU, of the peak (the same FLOPs as multiply-adds from register to
+register), or of the bandwidth of a copy or of reading, measured in the same run; for decode, of reading the weights
+that are used, once. Peak memory is what a forward and backward adds to inputs, weights and incoming gradient, each
+contender in a process of its own (`bench/memory.py`). No GPU has been measured yet."""
 PREAMBLE = f"""# Results
 
 Written by `python -m bench report bench/results/*.json`. Each file holds the machine, the versions, every peer's time,
@@ -32,6 +33,8 @@ TABLES = {
     "zero": "Zero-computation experts",
     "model": "Layers of a model",
 }
+# Over the best peer, of layers with at least hundreds of tokens on a CPU.
+WANTED_SPEEDUP = {"forward": 1.3, "forward+backward": 2.0}
 COLUMNS = ("op", "shape", "dtype", "routing", "direction", "moe_ext", "best peer", "speedup", "ceiling")
 MEMORY_COLUMNS = (*COLUMNS[:-2], "times as much", "of it gradients")
 
@@ -87,9 +90,22 @@ def ceiling_text(row: dict[str, Any]) -> str:
         return f"{row['percent_of_read_bandwidth']:.0f}% of read"
     if row["table"] in ("C", "D") and row["percent_of_copy_bandwidth"]:
         return f"{row['percent_of_copy_bandwidth']:.0f}% of copy"
-    for name, percent in row["percent_of_ceiling"].items():
-        return f"{percent:.0f}% of {name}"
-    return ""
+    return ", ".join(f"{percent:.0f}% of {name}" for name, percent in row["percent_of_ceiling"].items())
+
+
+def out_of_reach(rows: list[dict[str, Any]]) -> list[str]:
+    """The layers whose best peer is so near the peak that the speedup aimed at is beyond any implementation."""
+    lines = []
+    for row in rows:
+        peak, wanted = row.get("ceiling_seconds", {}).get("peak"), WANTED_SPEEDUP.get(row["direction"])
+        if row["table"] != "A" or not peak or not row["best_peer"] or not wanted:
+            continue
+        most = row["peer_seconds"][row["best_peer"]] / peak
+        if most < wanted:
+            lines.append(f"- {row['op']} {row['shape']} {row['dtype']} {row['routing']}: at most {most:.2f}x "
+                         f"(wanted: {wanted}x); {row['best_peer']} runs at {100 / most:.0f}% of the peak, moe_ext at "
+                         f"{row['percent_of_ceiling']['peak']:.0f}%")  # fmt: skip
+    return ["Speedups that the peak allows nobody:", "", *lines, ""] if lines else []
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -193,5 +209,5 @@ def markdown(path: Path) -> str:
     for title, columns, mine in split(result["rows"]):
         lines += [f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(cells(row))} |" for row in mine]
-        lines.append("")
+        lines += ["", *out_of_reach(mine)]
     return "\n".join(lines)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import memory, report, shapes
+from bench import machine, memory, report, shapes
 from bench.case import Case
+from bench.timing import Timer
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,32 @@ def test_rows_are_complete(result):
     layers = [row for row in data["rows"] if row["op"] == "moe_mlp"]
     assert "torch grouped_mm" in layers[0]["peer_seconds"] and "dense mm" in layers[0]["ceiling_seconds"]
     assert {"uniform", "zipf", "one_hot", "real"} <= {row["routing"] for row in layers}
+    if "gpu" not in data["machine"]:
+        products = [row for row in data["rows"] if row["table"] == "A" and "moe_mlp" in row["op"]]
+        assert products and all(row["ceiling_seconds"]["peak"] > 0 for row in products)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_takes_longer_for_more_and_no_product_is_faster(dtype):
+    size = 1024
+    a = torch.randn(size, size).to(dtype)
+    runs = {"peak": lambda: machine.spend_flops(2.0 * size**3, dtype), "product": lambda: a @ a,
+            "ten": lambda: machine.spend_flops(20.0 * size**3, dtype)}  # fmt: skip
+    timings = Timer("cpu", 9, 5.0).compare(runs)
+    assert timings["ten"].best > 5 * timings["peak"].best
+    assert timings["product"].best > 0.9 * timings["peak"].best
+
+
+def test_what_the_peak_allows_nobody():
+    def row(peak, direction):
+        return {"op": "moe_mlp", "table": "A", "shape": "x T=1", "dtype": "float32", "routing": "uniform",
+                "direction": direction, "best_peer": "mm", "peer_seconds": {"mm": 1.0},
+                "ceiling_seconds": {"peak": peak}, "percent_of_ceiling": {"peak": 80.0}}  # fmt: skip
+
+    assert not report.out_of_reach([row(0.7, "forward"), row(0.4, "forward+backward")])
+    _, _, line, _ = report.out_of_reach([row(0.8, "forward")])
+    assert "at most 1.25x" in line and "mm runs at 80% of the peak, moe_ext at 80%" in line
+    assert "at most 1.67x" in report.out_of_reach([row(0.6, "forward+backward")])[2]
 
 
 @pytest.fixture(scope="module")

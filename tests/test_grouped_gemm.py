@@ -285,6 +285,22 @@ def test_same_bits_for_any_number_of_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+# On the CPU such rows are multiplied in place, in several blocks of the inner dimension (of which the last is shorter).
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_long_rows(activation, dtype):
+    case = Case((70, 9003, 70, 2, 1), "dropped", dtype=dtype, gather=True, bias=True, activation=activation)
+    case.check()
+    run, threads = case.forward(moe_ext), torch.get_num_threads()
+    expected = run(*case.args)
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(expected, run(*case.args))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("in_features, out_features", [(1, 9), (9, 1), (1, 1), (300, 1090)])
 def test_narrow_and_wide(in_features, out_features, layout, device):

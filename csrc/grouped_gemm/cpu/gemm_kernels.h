@@ -14,6 +14,7 @@ namespace moe_ext::cpu {
 constexpr int64_t kDepth = 256;            // units of the inner dimension in one packed block
 constexpr int64_t kLeftStride = 256 + 16;  // units from row to row of a packed left block: not a power of two
 constexpr int64_t kMaxPanelCols = 32;
+constexpr int64_t kDotRoom = 16;
 
 enum class GemmType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
@@ -32,11 +33,14 @@ struct GemmKernels {
   int64_t output_bytes;       // of an output element
   int64_t unit_bytes;         // also of an accumulator
   int64_t elements_per_unit;  // along the inner dimension
+  int64_t vector_elements;    // of the inner dimension in a register
   int64_t panel_cols;         // columns of a packed right block
   int64_t strip_rows;         // rows that `multiply` keeps in registers
 
-  // left [rows][kLeftStride] of units; first and count are elements of the lines.
-  void (*pack_left_inner)(void* left, const char* const* rows, int64_t num_rows, int64_t first, int64_t count);
+  // left [rows][stride] of units, zeros up to a whole vector of them; first and count are elements of the lines.
+  void (*pack_left_inner)(void* left, int64_t stride, const char* const* rows, int64_t num_rows, int64_t first,
+                          int64_t count);
+  // left [rows][kLeftStride] of units.
   void (*pack_left_outer)(void* left, const char* const* lines, int64_t num_lines, int64_t first_row, int64_t num_rows);
   // right [depth][panel_cols] of units, zeros in the columns past num_cols.
   void (*pack_right_inner)(void* right, const char* const* cols, int64_t num_cols, int64_t first, int64_t count);
@@ -45,10 +49,11 @@ struct GemmKernels {
   // sums [num_rows][panel_cols] (+)= left @ right over `depth` units.
   void (*multiply)(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
                    const Fetch& wanted);
-  // sums [num_rows][sums_stride] = rows @ cols^T, for a few rows; lines of `cols` past num_cols, of which num_given are
-  // there, are fetched ahead.
-  void (*dot)(const char* const* rows, int64_t num_rows, const char* const* cols, int64_t num_cols, int64_t num_given,
-              int64_t inner, void* sums, int64_t sums_stride);
+  // sums [num_rows][sums_stride] (+)= rows @ cols^T over elements [first, first + count) of the columns, which are read
+  // in place; rows are packed [num_rows][row_stride]. Writes up to kDotRoom sums past the last column. `after`, of as
+  // many lines as columns or fewer, is what is read next.
+  void (*dot)(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
+              int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after);
   // sums [num_rows][sums_stride] (+)= packed left @ lines, for a few rows and lines across the inner dimension, none of
   // them null.
   void (*axpy)(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,

@@ -1,6 +1,6 @@
 // See gemm_kernels.h. The including file defines MOE_ISA (a namespace), MOE_VECTOR_BYTES, MOE_STRIP_ROWS and, where
 // there are bfloat16 dot products, MOE_BF16_DOT.
-#include "gemm_few_rows.h"
+#include "gemm_in_place.h"
 #include "gemm_packing.h"
 #include "gemm_strips.h"
 
@@ -95,6 +95,7 @@ constexpr GemmKernels make_kernels() {
           sizeof(typename Output::Element),
           sizeof(Unit),
           Format::kPerUnit,
+          kLanes<Format> * Format::kPerUnit,
           kPanelCols<Format>,
           kStripRows,
           &pack_left_inner<Format>,

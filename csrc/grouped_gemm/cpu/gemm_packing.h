@@ -88,8 +88,9 @@ MOE_INLINE void copy_lines(typename Format::Unit* to, int64_t stride, const char
 }
 
 template <typename Format>
-void pack_left_inner(void* left, const char* const* rows, int64_t num_rows, int64_t first, int64_t count) {
-  copy_lines<Format>(static_cast<typename Format::Unit*>(left), kLeftStride, rows, num_rows, first, count);
+void pack_left_inner(void* left, int64_t stride, const char* const* rows, int64_t num_rows, int64_t first,
+                     int64_t count) {
+  copy_lines<Format>(static_cast<typename Format::Unit*>(left), stride, rows, num_rows, first, count);
 }
 
 template <typename Format>
@@ -99,8 +100,9 @@ void pack_right_inner(void* right, const char* const* cols, int64_t num_cols, in
   constexpr int64_t kElements = kCount * Format::kPerUnit;
   auto* to = static_cast<Unit*>(right);
   UnitVec<Format> rows[kCount];
-  for (int64_t i = 0; i < count; i += kElements) {
-    for (int64_t col = 0; col < kPanelCols<Format>; col += kCount) {
+  // One vector's worth of columns from end to end: lines a power of two apart crowd a set of the cache.
+  for (int64_t col = 0; col < kPanelCols<Format>; col += kCount) {
+    for (int64_t i = 0; i < count; i += kElements) {
       if (col + kCount <= num_cols && i + kElements <= count) {
         const int64_t offset = (first + i) * static_cast<int64_t>(sizeof(typename Format::Element));
 #pragma GCC unroll 16

@@ -6,9 +6,12 @@
 //   left block    256 rows x (256 + 16) deep       272 KiB   stays in L2 for all panels of a block
 //   sums          256 rows x 256 columns           256 KiB   stay in L2 from one block of the inner dimension to the
 //   next
-// Together 560 KiB of L2, the rest is left to the weights that are fetched ahead. A panel is packed in about 0.3 cycles
-// an element (two shuffles for each vector of 16) and then used rows / 16 cycles an element: 7% of the time at 64 rows.
-// Products of at most kFewRows rows are not packed: they read each weight once, in place.
+// Together 560 KiB of L2, the rest is left to the weights that are fetched ahead. A panel of
+// lines along the inner dimension is packed in 6 to 18 cycles for each vector of 16 units (four shuffles; the rest
+// waits for memory and for translations of addresses) and then used one cycle for each row: up to a fifth of the time
+// at 64 rows. So products whose lines run along the inner dimension on both sides and that have few rows are not
+// packed: they take the weights as they lie, 4 rows x 6 columns at a time, and sum lanes at the end. Nor are those of
+// at most kFewRows rows the other way. choose_way in multiply_tile_cpu.cpp has the rule.
 #pragma once
 
 #include <functional>

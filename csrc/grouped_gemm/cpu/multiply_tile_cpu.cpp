@@ -15,6 +15,7 @@ namespace {
 // Tiles are narrowed down to this while there are fewer than kTilesPerThread for each thread.
 constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kTilesPerThread = 8;
+constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to row
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,11 +29,25 @@ struct Scratch {
     constexpr int64_t kUnit = sizeof(double);
     // Packing writes whole vectors, so a block may be a vector's worth of rows larger than the tile.
     constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
-    constexpr int64_t kSums = kTileRows * kTileCols * kUnit;
+    constexpr int64_t kSums = kTileRows * kDotStride * kUnit;
     memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + kRight + kSums + 4095) / 4096 * 4096)));
     MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
     left = memory.get(), right = left + kLeft, sums = right + kRight;
   }
+
+  // Room for the rows of `dot`.
+  char* rows(int64_t bytes) {
+    if (bytes > rows_bytes) {
+      rows_bytes = divide_up(bytes, 4096) * 4096;
+      rows_memory.reset(static_cast<char*>(std::aligned_alloc(4096, rows_bytes)));
+      MOE_CHECK(rows_memory, "grouped_gemm: out of memory for the scratch space of a thread");
+    }
+    return rows_memory.get();
+  }
+
+ private:
+  std::unique_ptr<char, void (*)(void*)> rows_memory{nullptr, &std::free};
+  int64_t rows_bytes = 0;
 };
 
 // Appends pointers to the start of lines [first, first + count) of `matrix`.
@@ -78,7 +93,7 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
     const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
     const bool last = k + step >= inner;
     if (left_inner) {
-      kernels.pack_left_inner(scratch.left, scratch.left_lines.data(), tile.rows, k, count);
+      kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
     } else {
       scratch.left_lines.clear();
       add_lines(product.left, k, count, element, scratch.left_lines);
@@ -127,60 +142,86 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
 }
 
 constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
+constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
+                                              // that they crowd a set of L1
+static_assert(kDotRowsBytes + 4 * kTileRows * kDotStride < 1 << 20);
 
-// By the rows of the whole product: how it is cut changes no bit.
-bool has_few_rows(const Product& product) { return product.left.lines_are_rows && product.left.rows <= kFewRows; }
+// How a product is computed: by all of it, so that how it is cut changes no bit.
+enum class Way { kPacked, kDot, kAxpy };
 
-// A few rows, each running along the inner dimension. Sums lie as [rows][kFewRowsStride], a pair's second half behind.
-void multiply_few_rows(const Product& product, const Tile& tile, const GemmKernels& kernels,
+// Elements of the inner dimension that `dot` takes at once.
+int64_t dot_depth(const Product& product, const GemmKernels& kernels) {
+  const int64_t inner = product.left.cols, vector = kernels.vector_elements;
+  const int64_t bytes = std::min(product.left.rows, kTileRows) * inner / kernels.elements_per_unit * kernels.unit_bytes;
+  const int64_t blocks = std::max<int64_t>(1, divide_up(bytes, kDotRowsBytes));
+  return std::max<int64_t>(1, divide_up(divide_up(inner, blocks), vector)) * vector;
+}
+
+Way choose_way(const Product& product, const GemmKernels& kernels) {
+  const int64_t rows = product.left.rows;
+  if (!product.left.lines_are_rows) return Way::kPacked;
+  if (product.right.lines_are_rows) return rows <= kFewRows ? Way::kAxpy : Way::kPacked;
+  if (rows <= kFewRows) return Way::kDot;
+  // Weights that are widened are widened once for all rows.
+  if (kernels.element_bytes * kernels.elements_per_unit < kernels.unit_bytes) return Way::kPacked;
+  // Cycles for each vector of weights, on a Zen 4: to pack it 18; to sum the lanes of what `dot` accumulated 3.2 for
+  // each row, once in `steps`, and 0.03 for each row, because it needs more of the cache.
+  const int64_t steps = dot_depth(product, kernels) / kernels.vector_elements;
+  return rows * (steps + 107) <= 600 * steps ? Way::kDot : Way::kPacked;
+}
+
+// Few enough rows that packing the weights would cost more than it saves.
+void multiply_in_place(const Product& product, const Tile& tile, const GemmKernels& kernels, Way way,
                        const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
   const Panels panels = {tile.col, tile.cols, product.pair, kernels.panel_cols};
-  const int64_t num_panels = panels.count();
+  const int64_t stride = way == Way::kDot ? kDotStride : kFewRowsStride, halves = product.pair ? 2 : 1;
+  // Sums lie as [rows][stride], a pair's second half behind the first.
+  const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width + (way == Way::kDot ? kDotRoom : 0);
   const auto sums_at = [&](int64_t col) { return scratch.sums + col * kernels.unit_bytes; };
-  const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width;
-  const auto finish_panel = [&](int64_t panel) {
-    const int64_t col = panels.col(panel);
-    finish({tile.row, tile.rows, tile.col + col, panels.cols(panel), sums_at(col),
-            product.pair ? sums_at(pair_at + col) : nullptr, kFewRowsStride});
-  };
   scratch.left_lines.clear(), scratch.right_lines.clear();
   add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
-  if (!product.right.lines_are_rows) {
-    for (int64_t panel = 0; panel < num_panels; ++panel) {
-      add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
+  if (way == Way::kDot) {
+    for (int64_t half = 0; half < halves; ++half) {
+      add_lines(product.right, tile.col + half * product.pair, tile.cols, element, scratch.right_lines);
     }
-    // A row of zeros has no memory: any other line takes its place, and its sums are cleared.
-    const std::vector<const char*> given = scratch.left_lines;
-    std::replace(scratch.left_lines.begin(), scratch.left_lines.end(), static_cast<const char*>(nullptr),
-                 scratch.right_lines.front());
-    int64_t line = 0;
-    for (int64_t panel = 0; panel < num_panels; ++panel) {
-      const int64_t cols = panels.cols(panel);
-      char* sums = sums_at(panels.col(panel) + (product.pair && panel % 2 ? pair_at : 0));
-      kernels.dot(scratch.left_lines.data(), tile.rows, scratch.right_lines.data() + line, cols,
-                  static_cast<int64_t>(scratch.right_lines.size()) - line, inner, sums, kFewRowsStride);
-      line += cols;
-      for (int64_t row = 0; row < tile.rows; ++row) {
-        if (!given[row]) std::memset(sums + row * kFewRowsStride * kernels.unit_bytes, 0, cols * kernels.unit_bytes);
+    const char* const* cols = scratch.right_lines.data();
+    const int64_t depth = dot_depth(product, kernels);
+    // Rows are not a power of two apart.
+    const int64_t row_stride = depth / kernels.elements_per_unit + 32;
+    char* rows = scratch.rows(tile.rows * row_stride * kernels.unit_bytes);
+    for (int64_t k = 0; k == 0 || k < inner; k += depth) {
+      const int64_t count = std::min(depth, inner - k);
+      kernels.pack_left_inner(rows, row_stride, scratch.left_lines.data(), tile.rows, k, count);
+      for (int64_t half = 0; half < halves; ++half) {
+        Fetch after;
+        if (half + 1 < halves) {
+          after = {cols + tile.cols, tile.cols, k * element, count * element};
+        } else if (k + depth < inner) {
+          after = {cols, tile.cols, (k + depth) * element, std::min(depth, inner - k - depth) * element};
+        }
+        kernels.dot(rows, row_stride, tile.rows, cols + half * tile.cols, tile.cols, k, count, sums_at(half * pair_at),
+                    stride, k == 0, after);
       }
-      if (panels.completes(panel)) finish_panel(panel);
     }
-    return;
-  }
-  const int64_t step = kDepth * kernels.elements_per_unit;
-  for (int64_t k = 0; k == 0 || k < inner; k += step) {
-    const int64_t count = std::min(step, inner - k);
-    kernels.pack_left_inner(scratch.left, scratch.left_lines.data(), tile.rows, k, count);
-    scratch.right_lines.clear();
-    add_lines(product.right, k, count, element, scratch.right_lines);
-    for (int64_t half = 0; half < (product.pair ? 2 : 1); ++half) {
-      kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data(), count, tile.col + half * product.pair,
-                   tile.cols, sums_at(half * pair_at), kFewRowsStride, k == 0);
+  } else {
+    const int64_t step = kDepth * kernels.elements_per_unit;
+    for (int64_t k = 0; k == 0 || k < inner; k += step) {
+      const int64_t count = std::min(step, inner - k);
+      kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
+      scratch.right_lines.clear();
+      add_lines(product.right, k, count, element, scratch.right_lines);
+      for (int64_t half = 0; half < halves; ++half) {
+        kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data(), count, tile.col + half * product.pair,
+                     tile.cols, sums_at(half * pair_at), stride, k == 0);
+      }
     }
   }
-  for (int64_t panel = 0; panel < num_panels; ++panel) {
-    if (panels.completes(panel)) finish_panel(panel);
+  for (int64_t panel = 0; panel < panels.count(); ++panel) {
+    if (!panels.completes(panel)) continue;
+    const int64_t col = panels.col(panel);
+    finish({tile.row, tile.rows, tile.col + col, panels.cols(panel), sums_at(col),
+            product.pair ? sums_at(pair_at + col) : nullptr, stride});
   }
 }
 
@@ -221,10 +262,11 @@ const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
                    const std::function<void(const TileSums&)>& finish) {
   thread_local Scratch scratch;
-  if (has_few_rows(product)) {
-    multiply_few_rows(product, tile, kernels, finish, scratch);
-  } else {
+  const Way way = choose_way(product, kernels);
+  if (way == Way::kPacked) {
     multiply_packed(product, tile, kernels, finish, scratch);
+  } else {
+    multiply_in_place(product, tile, kernels, way, finish, scratch);
   }
 }
 
@@ -233,7 +275,7 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const int64_t rows = rows_, cols = cols_;
   if (rows == 0 || cols == 0) return;
   // Lines that are swept from end to end are best long.
-  const int64_t largest_cols = has_few_rows(product) && product.right.lines_are_rows ? kFewRowsStride : kTileCols;
+  const int64_t largest_cols = choose_way(product, kernels) == Way::kAxpy ? kFewRowsStride : kTileCols;
   const int64_t wanted = kTilesPerThread * torch::stable::get_num_threads();
   int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
   const auto enough = [&] { return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= wanted; };

@@ -1,0 +1,231 @@
+// Products that read the right factor in place: each of its lines leaves memory once, and none is packed.
+//   dot    lines along the inner dimension: 4 rows x 6 columns of accumulators, whose lanes are summed at the end
+//   axpy   lines across it, a few rows: eight steps of them side by side, swept from end to end, the next eight fetched
+//          meanwhile; sums stay in L1, and each vector of weights meets all rows while it is in a register
+#pragma once
+
+#include "gemm_formats.h"
+#include "gemm_strips.h"
+
+namespace moe_ext::cpu::MOE_ISA {
+namespace {
+
+constexpr int kDotRows = 4;
+constexpr int kDotCols = MOE_VECTOR_BYTES == 64 ? 6 : 3;     // as many accumulators as registers hold
+constexpr int kDotSumCols = MOE_VECTOR_BYTES == 64 ? 8 : 4;  // columns that are summed and written together
+
+// The sums of kLanes vectors: result[i] that of vectors[i]. Every vector's lanes are summed in the same order.
+template <typename Sum>
+MOE_INLINE typename Simd<Sum>::Vec sum_lanes(const typename Simd<Sum>::Vec* vectors) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Sum) == 4) {
+    __m512 a[8], b[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const auto even = reinterpret_cast<__m512>(vectors[2 * i]), odd = reinterpret_cast<__m512>(vectors[2 * i + 1]);
+      a[i] = _mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      b[i] = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44) + _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee);
+    }
+    const __m512 low = _mm512_shuffle_f32x4(b[0], b[1], 0x44) + _mm512_shuffle_f32x4(b[0], b[1], 0xee);
+    const __m512 high = _mm512_shuffle_f32x4(b[2], b[3], 0x44) + _mm512_shuffle_f32x4(b[2], b[3], 0xee);
+    return reinterpret_cast<Floats>(_mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Sum) == 4) {
+    __m256 a[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto even = reinterpret_cast<__m256>(vectors[2 * i]), odd = reinterpret_cast<__m256>(vectors[2 * i + 1]);
+      a[i] = _mm256_unpacklo_ps(even, odd) + _mm256_unpackhi_ps(even, odd);
+    }
+    const __m256 low = _mm256_shuffle_ps(a[0], a[1], 0x44) + _mm256_shuffle_ps(a[0], a[1], 0xee);
+    const __m256 high = _mm256_shuffle_ps(a[2], a[3], 0x44) + _mm256_shuffle_ps(a[2], a[3], 0xee);
+    return reinterpret_cast<Floats>(_mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31));
+  }
+#endif
+  typename Simd<Sum>::Vec sums = {};
+  for (int i = 0; i < Simd<Sum>::kLanes; ++i) {
+    Sum sum = vectors[i][0];
+    for (int lane = 1; lane < Simd<Sum>::kLanes; ++lane) sum += vectors[i][lane];
+    sums[i] = sum;
+  }
+  return sums;
+}
+
+// Cache lines of the next columns that a block of rows fetches, a line of each column in turn.
+struct DotFetch {
+  const char* cols[kDotCols];
+  int64_t byte;
+  int64_t end;
+  int col = 0;
+
+  MOE_INLINE void fetch(int64_t count) {
+    for (; count > 0 && byte < end; --count) {
+      __builtin_prefetch(cols[col] + byte, 0, 2);
+      if (++col == kDotCols) col = 0, byte += kCacheLine;
+    }
+  }
+};
+
+// One vector of the inner dimension; unless kWhole, it is the columns' last, of `count` elements.
+template <typename Format, int kRows, bool kWhole>
+MOE_INLINE void dot_step(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t offset,
+                         int64_t count, SumVec<Format>* acc) {
+  UnitVec<Format> right[kDotCols];
+#pragma GCC unroll 8
+  for (int col = 0; col < kDotCols; ++col) {
+    right[col] = kWhole ? Format::load(cols[col] + offset) : load_some<Format>(cols[col] + offset, count);
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+    const UnitVec<Format> left = Simd<typename Format::Unit>::load(rows + row * row_stride);
+#pragma GCC unroll 8
+    for (int col = 0; col < kDotCols; ++col) {
+      SumVec<Format>& sum = acc[row * kDotSumCols + col];
+      sum = multiply_add<Format>(left, right[col], sum);
+    }
+  }
+}
+
+// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them.
+template <typename Format, int kRows>
+void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
+               typename Format::Sum* sums, int64_t sums_stride, bool first, DotFetch wanted) {
+  using Sum = typename Format::Sum;
+  constexpr int kLane = kLanes<Format>;
+  constexpr int64_t kElements = kLane * Format::kPerUnit;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
+  constexpr int kVectors = (kRows * kDotSumCols + kLane - 1) / kLane * kLane;
+  // Sums past the last column: zeros, which the next block overwrites; later -0, which changes nothing there.
+  const SumVec<Format> nothing = broadcast<Sum>(first ? Sum(0) : -Sum(0));
+  SumVec<Format> acc[kVectors];
+#pragma GCC unroll 32
+  for (int i = 0; i < kVectors; ++i) acc[i] = i % kDotSumCols < kDotCols ? SumVec<Format>{} : nothing;
+  const int64_t cache_lines = (wanted.end - wanted.byte) / kCacheLine * kDotCols;
+  const int64_t wanted_at_once = cache_lines / (count / kElements + 1) + 1;
+  int64_t k = 0;
+  for (; k + kElements <= count; k += kElements, rows += kLane) {
+    wanted.fetch(wanted_at_once);
+    dot_step<Format, kRows, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+  }
+  if (k < count) dot_step<Format, kRows, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
+  typedef Sum Loose __attribute__((vector_size(kDotSumCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
+  alignas(64) Sum summed[kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; i += kLane) Simd<Sum>::store(summed + i, sum_lanes<Sum>(acc + i));
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+    auto* to = reinterpret_cast<Loose*>(sums + row * sums_stride);
+    const Loose value = *reinterpret_cast<const Loose*>(summed + row * kDotSumCols);
+    *to = first ? value : *to + value;
+  }
+}
+
+template <typename Format>
+void dot(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
+         int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after) {
+  static constexpr decltype(&dot_block<Format, 1>) kBlocks[] = {&dot_block<Format, 1>, &dot_block<Format, 2>,
+                                                                &dot_block<Format, 3>, &dot_block<Format, 4>};
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
+  auto* units = static_cast<const typename Format::Unit*>(rows);
+  auto* to = static_cast<typename Format::Sum*>(sums);
+  const int64_t blocks = (num_rows + kDotRows - 1) / kDotRows;
+  for (int64_t col = 0; col < num_cols; col += kDotCols) {
+    const char* here[kDotCols];
+    for (int64_t i = 0; i < kDotCols; ++i) {
+      here[i] = cols[col + i < num_cols ? col + i : num_cols - 1] + first * kBytes;
+    }
+    const bool more = col + kDotCols < num_cols;
+    const int64_t left = more ? num_cols - col - kDotCols : after.num_lines;
+    const int64_t lines = left > 0 ? ((more ? count * kBytes : after.bytes) + kCacheLine - 1) / kCacheLine : 0;
+    DotFetch wanted = {};
+    for (int64_t i = 0; left > 0 && i < kDotCols; ++i) {
+      const int64_t ahead = i < left ? i : left - 1;
+      wanted.cols[i] = more ? cols[col + kDotCols + ahead] + first * kBytes : after.lines[ahead] + after.first_byte;
+    }
+    int64_t row = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t height = (num_rows - row + blocks - block - 1) / (blocks - block);
+      wanted.byte = block * lines / blocks * kCacheLine, wanted.end = (block + 1) * lines / blocks * kCacheLine;
+      kBlocks[height - 1](units + row * row_stride, row_stride, here, count, to + row * sums_stride + col, sums_stride,
+                          first_block, wanted);
+      row += height;
+    }
+  }
+}
+
+constexpr int kAxpySteps = 8;
+
+// sums [num_rows] of one vector of columns += left @ kSteps steps of lines; only the first `count` columns exist.
+template <typename Format, int kSteps, bool kPartial>
+MOE_INLINE void axpy_vector(const typename Format::Unit* left, int64_t num_rows, const char* const* lines,
+                            int64_t num_lines, int64_t step, int64_t first_col, int64_t count,
+                            typename Format::Sum* sums, int64_t stride, bool first) {
+  using Sum = typename Format::Sum;
+  UnitVec<Format> right[kSteps];
+#pragma GCC unroll 8
+  for (int s = 0; s < kSteps; ++s) right[s] = load_across<Format>(lines, num_lines, step + s, first_col, count);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    Sum* to = sums + row * stride;
+    alignas(64) Sum padded[kLanes<Format>] = {};
+    if (kPartial && !first)
+      copy_bytes(reinterpret_cast<char*>(padded), reinterpret_cast<const char*>(to), count * sizeof(Sum));
+    SumVec<Format> acc = first ? SumVec<Format>{} : Simd<Sum>::load(kPartial ? padded : to);
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+      acc = multiply_add<Format>(broadcast<typename Format::Unit>(left[row * kLeftStride + step + s]), right[s], acc);
+    }
+    Simd<Sum>::store(kPartial ? padded : to, acc);
+    if (kPartial) copy_bytes(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(padded), count * sizeof(Sum));
+  }
+}
+
+template <typename Format, int kSteps>
+void axpy_lines(const typename Format::Unit* left, int64_t num_rows, const char* const* lines, int64_t num_lines,
+                int64_t step, int64_t first_col, int64_t num_cols, typename Format::Sum* sums, int64_t stride,
+                bool first) {
+  constexpr int kCount = kLanes<Format>;
+  constexpr int kLines = kSteps * Format::kPerUnit;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
+  const char* next[kLines];
+  for (int i = 0; i < kLines; ++i) {
+    const int64_t line = step * Format::kPerUnit + kLines + i;
+    next[i] = lines[line < num_lines ? line : num_lines - 1] + first_col * kBytes;
+  }
+  int64_t col = 0;
+  for (; col + kCount <= num_cols; col += kCount) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(next[i] + col * kBytes, 0, 2);
+    axpy_vector<Format, kSteps, false>(left, num_rows, lines, num_lines, step, first_col + col, kCount, sums + col,
+                                       stride, first);
+  }
+  if (col < num_cols) {
+    axpy_vector<Format, kSteps, true>(left, num_rows, lines, num_lines, step, first_col + col, num_cols - col,
+                                      sums + col, stride, first);
+  }
+}
+
+template <typename Format>
+void axpy(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,
+          int64_t num_cols, void* sums, int64_t sums_stride, bool first) {
+  auto* units = static_cast<const typename Format::Unit*>(left);
+  auto* to = static_cast<typename Format::Sum*>(sums);
+  const int64_t steps = (num_lines + Format::kPerUnit - 1) / Format::kPerUnit;
+  int64_t step = 0;
+  for (; step + kAxpySteps <= steps; step += kAxpySteps, first = false) {
+    axpy_lines<Format, kAxpySteps>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride,
+                                   first);
+  }
+  for (; step < steps; ++step, first = false) {
+    axpy_lines<Format, 1>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first);
+  }
+  for (int64_t row = 0; first && row < num_rows; ++row) {  // a product over nothing
+    for (int64_t col = 0; col < num_cols; ++col) to[row * sums_stride + col] = 0;
+  }
+}
+
+}  // namespace
+}  // namespace moe_ext::cpu::MOE_ISA
