@@ -47,6 +47,10 @@ def make_call(name: str, num_tokens: int, device: str, dtype: torch.dtype = torc
         counts, offsets, owners = fixed
         return moe_ext.a2a_pack(x, i, w, moe_ext.A2APlan(counts, offsets, to_slot, to_send, owners, TOPK))
 
+    def packed_rows(x: Tensor, i: Tensor, w: Tensor, to_slot: Tensor, to_send: Tensor, *fixed: Tensor) -> Tensor:
+        counts, offsets, owners = fixed
+        return moe_ext.a2a_pack_rows(x, i, w, moe_ext.A2APlan(counts, offsets, to_slot, to_send, owners, TOPK))
+
     def mlp(x: Tensor, w: Tensor, to_slot: Tensor, to_row: Tensor, offsets: Tensor, u: Tensor, d: Tensor) -> Tensor:
         made = moe_ext.RoutingPlan(offsets, offsets[1:], to_slot, to_row)
         return moe_ext.moe_mlp(x, u, d, made, w, weight_layout="enk")
@@ -64,8 +68,18 @@ def make_call(name: str, num_tokens: int, device: str, dtype: torch.dtype = torc
         "a2a_pack": OpCall(
             packed, (hidden, ids, weights, *send_maps, a2a.send_counts, a2a.send_offsets, a2a.rank_expert_offsets), 5
         ),
+        "a2a_pack_rows": OpCall(
+            packed_rows,
+            (hidden, ids, weights, *send_maps, a2a.send_counts, a2a.send_offsets, a2a.rank_expert_offsets),
+            5,
+        ),
         "a2a_plan": OpCall(lambda i, o: tuple(moe_ext.a2a_plan(i, o)[:4]), (ids, ranks), 1),
         "a2a_unpack": OpCall(unpacked, (hidden, ids), 2),
+        "a2a_unpack_rows": OpCall(
+            lambda x: moe_ext.a2a_unpack_rows(x, HIDDEN_SIZE, TOPK, dtype),
+            (moe_ext.a2a_pack_rows(hidden.detach(), ids, weights.detach(), a2a),),
+            1,
+        ),
         "expert_activation": OpCall(lambda x: moe_ext.expert_activation(x, "swiglu"), (wide,), 1),
         "expert_choice_gating": OpCall(lambda x: moe_ext.expert_choice_gating(x, x.shape[0] // 2), (logits,), 1),
         "grouped_bias_grad": OpCall(moe_ext.grouped_bias_grad, (wide, plan.expert_offsets), 1),
@@ -78,6 +92,11 @@ def make_call(name: str, num_tokens: int, device: str, dtype: torch.dtype = torc
             lambda x, g, o: moe_ext.grouped_gemm_wgrad(x, g, o, weight_layout="enk"),
             (expert_rows, wide, plan.expert_offsets),
             2,
+        ),
+        "low_rank_experts": OpCall(
+            lambda x, i, w, a, b: moe_ext.low_rank_experts(x, a, b, i, w),
+            (hidden, ids, weights, rows(NUM_EXPERTS, 3, HIDDEN_SIZE, seed=7), rows(NUM_EXPERTS, 3, 10, seed=8)),
+            3,
         ),
         "moe_mlp": OpCall(mlp, (hidden, weights, *maps, plan.expert_offsets, up, down), 4),
         "permute": OpCall(lambda x, *m: moe_ext.permute(x, *m, TOPK), (hidden, *maps), 3),
@@ -94,9 +113,9 @@ def make_call(name: str, num_tokens: int, device: str, dtype: torch.dtype = torc
 
 
 OPS = [
-    "a2a_combine", "a2a_pack", "a2a_plan", "a2a_unpack", "expert_activation", "expert_choice_gating",
-    "grouped_bias_grad", "grouped_gemm", "grouped_gemm_wgrad", "moe_mlp", "permute", "router_losses", "routing_plan",
-    "topk_gating", "unpermute",
+    "a2a_combine", "a2a_pack", "a2a_pack_rows", "a2a_plan", "a2a_unpack", "a2a_unpack_rows", "expert_activation",
+    "expert_choice_gating", "grouped_bias_grad", "grouped_gemm", "grouped_gemm_wgrad", "low_rank_experts", "moe_mlp",
+    "permute", "router_losses", "routing_plan", "topk_gating", "unpermute",
 ]  # fmt: skip
 
 

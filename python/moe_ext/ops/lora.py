@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.ops.autocast import cast_for_product
+from moe_ext.ops.autograd import register_autograd
 from moe_ext.ops.plan import routing_plan
 
 _ops = torch.ops.moe_ext
@@ -97,6 +98,4 @@ def _low_rank_experts_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[
     return grad_input, grad_down, grad_up, None, grad_weights
 
 
-torch.library.register_autograd(
-    "moe_ext::low_rank_experts", _low_rank_experts_backward, setup_context=_low_rank_experts_setup
-)
+register_autograd("moe_ext::low_rank_experts", _low_rank_experts_backward, setup_context=_low_rank_experts_setup)
