@@ -11,6 +11,14 @@ from moe_ext.distributed.dispatch import (
 from moe_ext.distributed.exchange import Exchange, ExchangeError, FlatExchange, HierarchicalExchange
 from moe_ext.distributed.expert_map import ExpertMap
 from moe_ext.distributed.expert_parallel import ExpertParallelOutput, expert_parallel
+from moe_ext.distributed.pipeline import (
+    LinearCost,
+    PipelineCosts,
+    PipelineProfile,
+    choose_degree,
+    pipeline_seconds,
+    profile_pipeline,
+)
 from moe_ext.distributed.traces import RoutingTrace, TraceRecorder
 
 __all__ = [
@@ -21,12 +29,18 @@ __all__ = [
     "ExpertParallelOutput",
     "FlatExchange",
     "HierarchicalExchange",
+    "LinearCost",
+    "PipelineCosts",
+    "PipelineProfile",
     "Received",
     "RoutingTrace",
     "TraceRecorder",
+    "choose_degree",
     "combine",
     "dispatch",
     "expert_parallel",
+    "pipeline_seconds",
+    "profile_pipeline",
     "start_combine",
     "start_dispatch",
 ]

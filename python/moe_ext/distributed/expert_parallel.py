@@ -46,7 +46,8 @@ def expert_parallel(
         experts: from :class:`Received` to a row for each received row, as :func:`moe_ext.distributed.combine` takes
             them. Called ``degree`` times, with no rows at all if so many came. The result must depend on the rows by
             autograd, even if this rank has no experts.
-        degree: how many chunks; the same on all ranks.
+        degree: how many chunks; the same on all ranks. :func:`moe_ext.distributed.choose_degree` finds
+            one.
 
     Returns:
         :class:`ExpertParallelOutput`.
