@@ -77,7 +77,7 @@ class Exchange(ABC):
         """The splits of every column, from what :meth:`exchange_counts` returned, as a list."""
 
     def gather(self, row: Tensor, what: str = "what all ranks hold") -> Tensor:
-        """The row of every rank, [num_ranks, *row.shape]."""
+        """The row of every rank, ``[num_ranks, *row.shape]``."""
         return self.start(row[None].repeat(self.num_ranks, *[1] * row.dim()), None, what=what).wait()
 
     def sum(self, tensor: Tensor) -> Tensor:

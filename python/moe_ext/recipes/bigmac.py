@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from moe_ext.nn import Experts, MoE, ProjectedExperts, TopKRouter
+from moe_ext.distributed import Exchange
+from moe_ext.nn import ExpertParallelMoE, Experts, MoE, ProjectedExperts, TopKRouter
 
 
 class BigMac(MoE):
@@ -36,3 +37,26 @@ class BigMac(MoE):
             nn.Linear(bottleneck_size, hidden_size, bias=False),
         )
         super().__init__(TopKRouter(hidden_size, num_experts, topk, renormalize=True, **ops), experts, **options)
+
+    @staticmethod
+    def over_ranks(
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        topk: int,
+        exchange: Exchange,
+        *,
+        bottleneck_size: int,
+        **options: Any,
+    ) -> ExpertParallelMoE:
+        """The same layer with its experts spread over ranks: rows travel in the width ``bottleneck_size``."""
+        return ExpertParallelMoE(
+            hidden_size,
+            intermediate_size,
+            num_experts,
+            topk,
+            exchange,
+            bottleneck_size=bottleneck_size,
+            router={"renormalize": True},
+            **options,
+        )
