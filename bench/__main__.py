@@ -26,6 +26,7 @@ from . import (
     bench_permutation,
     bench_plan,
     compare,
+    dispatch_bytes,
     html_report,
     language_model,
     machine,
@@ -99,6 +100,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tiles_parser = commands.add_parser("tune-tiles", help="time every compiled sm_90a tile on the shapes of table B, "
                                        "say which is fastest and which the cost model chooses")  # fmt: skip
     add_measure_options(tiles_parser)
+    bytes_parser = commands.add_parser("dispatch-bytes", help="what an all-to-all moves for published models, as "
+                                       "Markdown; times are simulated from these inputs")  # fmt: skip
+    bytes_parser.add_argument("--tokens", type=int, default=4096, help="of each rank (default: 4096)")
+    bytes_parser.add_argument("--latency", type=float, default=10.0, metavar="US", help="per message (default: 10)")
+    bytes_parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S", help="per rank (default: 50)")
+    bytes_parser.add_argument(
+        "--bottleneck", type=int, default=4, help="BigMac's hidden size over its own (default: 4)"
+    )
     if not arguments or (arguments[0] not in commands.choices and arguments[0] not in ("-h", "--help")):
         arguments = ["run", *arguments]
     return parser.parse_args(arguments)
@@ -271,6 +280,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.files))
     elif options.subcommand == "compare":
         sys.exit(compare.main(options.old, options.new, options.threshold / 100, options.alpha, options.all))
+    elif options.subcommand == "dispatch-bytes":
+        link = dispatch_bytes.Link(options.tokens, options.latency, options.bandwidth, options.bottleneck)
+        print(dispatch_bytes.markdown(link), end="")
     else:
         {"run": run, "shapes": run_shapes, "tune-tiles": run_tuner}[options.subcommand](options)
 
