@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 
 from cases import make_rows
 from moe_ext.distributed import ExpertMap, FlatExchange
@@ -18,6 +19,21 @@ from moe_ext.nn import ExpertParallelMoE, MoELayer
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOPK = 16, 12, 8, 3
 TOKENS = (9, 0, 6, 4)
+
+
+class CosineLogits(nn.Module):
+    """A router of one's own: any module from rows to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(make_rows(EXPERTS, HIDDEN, dtype=torch.float64, seed=4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 10 * F.normalize(hidden, dim=-1) @ F.normalize(self.keys, dim=-1).T
+
+
+def router_grads(layer: MoELayer | ExpertParallelMoE) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in layer.router.parameters()])
 
 
 def dense_layer(**configuration: Any) -> MoELayer:
@@ -51,7 +67,7 @@ def run_layer(group: Any, configuration: dict[str, Any], arguments: dict[str, An
     return {
         "output": output.detach(),
         "hidden": hidden.grad,
-        "router": layer.router.logits.weight.grad,
+        "router": router_grads(layer),
         "experts": {name: p.grad for name, p in layer.experts.named_parameters()},
         "local": layer.local_experts,
         "dropped": int(layer.statistics.dropped_rows),

@@ -17,6 +17,12 @@ pytestmark = pytest.mark.cpu
 
 SPREAD = {
     "default": (4, {}, {}),
+    "a router of one's own": (3, {"router": {"logits": layers.CosineLogits(), "renormalize": True}}, {}),
+    "a window of ranks, a gain": (
+        3,
+        {"router": {"first_rank": 1, "expert_gain": torch.linspace(0.5, 2, EXPERTS, dtype=torch.float64)}},
+        {},
+    ),
     "slots, chunks": (3, {}, {"dispatch": DispatchOptions(form="slot"), "degree": 3}),
     "static": (4, {}, {"dispatch": DispatchOptions(rows_per_rank=9)}),
     "biases, shared expert": (2, {"experts": {"bias": True}, "shared_intermediate_size": 6}, {}),
@@ -44,7 +50,7 @@ def test_equals_the_layer_in_one_process(num_ranks, configuration, arguments, po
     (output * torch.cat([rows_of(rank, num_ranks, 3) for rank in range(num_ranks)])).sum().backward()
     assert relative_error(torch.cat([share["output"] for share in shares]), output) <= 1e-12
     assert relative_error(torch.cat([share["hidden"] for share in shares]), hidden.grad) <= 1e-12
-    assert relative_error(sum(share["router"] for share in shares), dense.router.logits.weight.grad) <= 1e-12
+    assert relative_error(sum(share["router"] for share in shares), layers.router_grads(dense)) <= 1e-12
     assert all(share["dropped"] == 0 for share in shares)
     tensor_parallel = arguments.get("tensor_parallel", 1)
     for rank, share in enumerate(shares):
