@@ -30,8 +30,9 @@ MOE_CPU_CLONES float quantise_block(const scalar_t* source, int64_t count, uint8
   float largest = 0;
   for (float lane : lanes) largest = larger_magnitude(largest, lane);
   const float scale = block_scale(largest);
+  const BlockDivision divide(scale);
   uint8_t quantised[kScaleBlock];
-  for (int64_t i = 0; i < kScaleBlock; ++i) quantised[i] = to_e4m3(values[i] / scale);
+  for (int64_t i = 0; i < kScaleBlock; ++i) quantised[i] = to_e4m3(divide(values[i]));
   std::memcpy(output, quantised, count);
   return scale;
 }

@@ -74,9 +74,10 @@ __device__ void quantise_segment(const scalar_t* source, int64_t segment, const 
       largest = larger_magnitude(largest, __shfl_xor_sync(kAllLanes, largest, step));
     }
     const float scale = block_scale(largest);
+    const BlockDivision divide(scale);
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < kElementsPerLane; ++i) word |= uint32_t{to_e4m3(values[piece][i] / scale)} << (8 * i);
+    for (int i = 0; i < kElementsPerLane; ++i) word |= uint32_t{to_e4m3(divide(values[piece][i]))} << (8 * i);
     const int64_t at = block * kScaleBlock + lane * kElementsPerLane;
     if (at < row.payload_bytes()) *reinterpret_cast<uint32_t*>(bytes + at) = word;
     if (lane == 0) reinterpret_cast<float*>(bytes + row.scales_at)[block] = scale;

@@ -20,10 +20,52 @@ MOE_HOST_DEVICE_INLINE float larger_magnitude(float largest, float magnitude) {
   return magnitude > largest || magnitude != magnitude ? magnitude : largest;
 }
 
+// A division is a call with a stack frame on the device. There quotients are products with a reciprocal, corrected
+// twice by their remainder, which rounds them as a division does where no remainder is subnormal.
+MOE_HOST_DEVICE_INLINE float corrected_quotient(float value, float divisor, float reciprocal) {
+  float quotient = value * reciprocal;
+  quotient = fmaf(fmaf(-quotient, divisor, value), reciprocal, quotient);
+  return fmaf(fmaf(-quotient, divisor, value), reciprocal, quotient);
+}
+
 MOE_HOST_DEVICE_INLINE float block_scale(float largest) {
+#ifdef __CUDA_ARCH__
+  const float quotient = corrected_quotient(largest, kLargestE4m3, 1 / kLargestE4m3);
+  const float scale = isfinite(largest) ? quotient : largest;
+#else
   const float scale = largest / kLargestE4m3;
+#endif
   return scale < kSmallestScale ? kSmallestScale : scale;
 }
+
+// value / scale, rounded to nearest, for |value| <= 448 * scale.
+class BlockDivision {
+ public:
+  MOE_HOST_DEVICE_INLINE explicit BlockDivision(float scale) : scale(scale) {
+#ifdef __CUDA_ARCH__
+    lift = scale < 0x1p-90f ? 0x1p60f : 1.0f;  // tiny scales are lifted out of reach of the subnormals
+    this->scale *= lift;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(this->scale));
+    if (isfinite(scale)) inverse = fmaf(fmaf(-this->scale, inverse, 1.0f), inverse, inverse);
+#endif
+  }
+
+  MOE_HOST_DEVICE_INLINE float operator()(float value) const {
+#ifdef __CUDA_ARCH__
+    value *= lift;
+    // As it is: a quotient of zero, which keeps its sign, and that by an infinite scale.
+    return value == 0 || inverse == 0 ? value * inverse : corrected_quotient(value, scale, inverse);
+#else
+    return value / scale;
+#endif
+  }
+
+ private:
+  float scale;
+#ifdef __CUDA_ARCH__
+  float lift, inverse;
+#endif
+};
 
 MOE_HOST_DEVICE_INLINE uint32_t float_bits(float value) {
 #ifdef __CUDA_ARCH__
