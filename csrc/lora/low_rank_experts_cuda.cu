@@ -27,15 +27,18 @@ constexpr int kTokenThreads = 128;
 constexpr int kTokenWarps = kTokenThreads / kWarpSize;
 constexpr int kRowsAtOnce = 4;
 constexpr int kExpertWarps = 8;
+// Blocks that a multiprocessor holds: with more of them the kernels would spill.
+constexpr int kTokenBlocks = 8, kExpertBlocks = 2;
 
 template <typename index_t>
 struct Chosen {
   const index_t* ids;
   const float* weights;
-  int64_t num_experts, rank, topk;
+  int64_t num_experts;
+  int rank, topk;  // at most kMostComponents together; a 64-bit division is a call on the device
 
   // The row of weights that component q of a token stands for, -1 for an id outside [0, num_experts).
-  __device__ int64_t row(int64_t token, int64_t q) const {
+  __device__ int64_t row(int64_t token, int q) const {
     const int64_t id = ids[token * topk + q / rank];
     return id >= 0 && id < num_experts ? id * rank + q % rank : -1;
   }
@@ -53,7 +56,7 @@ __device__ void load_chosen(const Packed* weight, const int64_t (&row)[kRowsAtOn
 }
 
 template <typename scalar_t, int in_width, int out_width, typename index_t>
-__global__ void __launch_bounds__(kTokenThreads)
+__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
     token_kernel(const scalar_t* __restrict__ input, const scalar_t* __restrict__ down, const scalar_t* __restrict__ up,
                  Chosen<index_t> chosen, float* __restrict__ projection, scalar_t* __restrict__ output,
                  int64_t num_tokens, int64_t in_vectors, int64_t out_vectors) {
@@ -62,10 +65,10 @@ __global__ void __launch_bounds__(kTokenThreads)
   MOE_DYNAMIC_SHARED(float, factors);  // [components]: first the dot products, then those times the weights
   __shared__ float partial[kTokenWarps][kRowsAtOnce];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t components = chosen.topk * chosen.rank;
+  const int components = chosen.topk * chosen.rank;
   for (int64_t token = blockIdx.x; token < num_tokens; token += gridDim.x) {
     const auto* x = reinterpret_cast<const In*>(input) + token * in_vectors;
-    for (int64_t q = 0; q < components; q += kRowsAtOnce) {
+    for (int q = 0; q < components; q += kRowsAtOnce) {
       int64_t row[kRowsAtOnce];
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) row[r] = q + r < components ? chosen.row(token, q + r) : -1;
@@ -91,11 +94,11 @@ __global__ void __launch_bounds__(kTokenThreads)
         if (lane == 0) partial[warp][r] = sums[r];
       }
       __syncthreads();
-      if (threadIdx.x < kRowsAtOnce && q + threadIdx.x < components) {
+      if (const int component = q + static_cast<int>(threadIdx.x);
+          threadIdx.x < kRowsAtOnce && component < components) {
         float dot = 0.f;
 #pragma unroll
         for (int w = 0; w < kTokenWarps; ++w) dot += partial[w][threadIdx.x];
-        const int64_t component = q + threadIdx.x;
         const bool held = chosen.row(token, component) >= 0;
         projection[token * components + component] = held ? dot : 0.f;
         factors[component] = held ? dot * chosen.weights[token * chosen.topk + component / chosen.rank] : 0.f;
@@ -105,7 +108,7 @@ __global__ void __launch_bounds__(kTokenThreads)
     auto* destination = reinterpret_cast<Out*>(output) + token * out_vectors;
     for (int64_t column = threadIdx.x; column < out_vectors; column += kTokenThreads) {
       float sums[out_width] = {};
-      for (int64_t q = 0; q < components; q += kRowsAtOnce) {
+      for (int q = 0; q < components; q += kRowsAtOnce) {
         int64_t row[kRowsAtOnce];
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) row[r] = q + r < components ? chosen.row(token, q + r) : -1;
@@ -140,18 +143,21 @@ __global__ void weight_grad_kernel(const float* __restrict__ forth, const float*
 struct PlanRows {
   const int32_t* expert_offsets;
   const int32_t* permuted_to_slot;
-  int64_t num_rows, num_slots, topk, rank;
+  int64_t num_rows, num_slots;
+  int topk, rank;
 };
 
 template <int components, typename scalar_t, int width>
-__global__ void __launch_bounds__(kExpertWarps* kWarpSize)
+__global__ void __launch_bounds__(kExpertWarps* kWarpSize, kExpertBlocks)
     expert_kernel(const scalar_t* __restrict__ rows, const float* __restrict__ weights,
                   const float* __restrict__ factors, PlanRows plan, scalar_t* __restrict__ grad_weight,
-                  int64_t row_vectors, int64_t component_groups) {
+                  int64_t row_vectors, int component_groups) {
   using Packed = Vector<scalar_t, width>;
   __shared__ float partial[kExpertWarps][kWarpSize * width];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t expert = blockIdx.x / component_groups, first_rank = blockIdx.x % component_groups * components;
+  const int block = static_cast<int>(blockIdx.x);
+  const int64_t expert = block / component_groups;
+  const int first_rank = block % component_groups * components;
   const int64_t begin =
       min(max(static_cast<int64_t>(plan.expert_offsets[expert]), static_cast<int64_t>(0)), plan.num_rows);
   const int64_t end = min(static_cast<int64_t>(plan.expert_offsets[expert + 1]), plan.num_rows);
@@ -162,13 +168,13 @@ __global__ void __launch_bounds__(kExpertWarps* kWarpSize)
       int32_t lane_token = -1;
       float lane_factor[components] = {};
       if (batch + lane < end) {
-        const int64_t slot = plan.permuted_to_slot[batch + lane];
+        const int32_t slot = plan.permuted_to_slot[batch + lane];
         if (slot >= 0 && slot < plan.num_slots) {
-          lane_token = static_cast<int32_t>(slot / plan.topk);
+          lane_token = slot / plan.topk;
 #pragma unroll
           for (int i = 0; i < components; ++i) {
             if (first_rank + i < plan.rank) {
-              lane_factor[i] = weights[slot] * factors[slot * plan.rank + first_rank + i];
+              lane_factor[i] = weights[slot] * factors[static_cast<int64_t>(slot) * plan.rank + first_rank + i];
             }
           }
         }
@@ -239,7 +245,7 @@ void launch_tokens(const LowRankShape& shape, const Tensor& input, const Tensor&
   dispatch_index(ids.scalar_type(), "topk_ids", [&](auto index_tag) {
     using index_t = typename decltype(index_tag)::type;
     const Chosen<index_t> chosen = {ids.const_data_ptr<index_t>(), weights.const_data_ptr<float>(), shape.num_experts,
-                                    shape.rank, shape.topk};
+                                    static_cast<int>(shape.rank), static_cast<int>(shape.topk)};
     with_width<scalar_t>(shape.in_features, {x, from}, [&](auto in_width) {
       with_width<scalar_t>(shape.out_features, {to, sums}, [&](auto out_width) {
         const auto blocks = static_cast<unsigned>(std::min(shape.num_tokens, kMaxBlocks));
@@ -256,12 +262,9 @@ void launch_experts(const LowRankShape& shape, const Tensor& rows, const Tensor&
                     const Tensor& offsets, const Tensor& slots, const Tensor& grad_weight) {
   const int64_t row_length = rows.size(1);
   if (row_length == 0) return;
-  const PlanRows plan = {offsets.const_data_ptr<int32_t>(),
-                         slots.const_data_ptr<int32_t>(),
-                         slots.numel(),
-                         shape.num_tokens * shape.topk,
-                         shape.topk,
-                         shape.rank};
+  const PlanRows plan = {
+      offsets.const_data_ptr<int32_t>(), slots.const_data_ptr<int32_t>(), slots.numel(),
+      shape.num_tokens * shape.topk,     static_cast<int>(shape.topk),    static_cast<int>(shape.rank)};
   const auto* source = rows.const_data_ptr<scalar_t>();
   auto* sums = grad_weight.mutable_data_ptr<scalar_t>();
   const auto launch = [&](auto components, auto width) {
@@ -270,7 +273,7 @@ void launch_experts(const LowRankShape& shape, const Tensor& rows, const Tensor&
                     static_cast<unsigned>(std::min<int64_t>(ceil_div(row_vectors, kWarpSize), 65535)));
     launch_kernel(expert_kernel<components.value, scalar_t, width.value>, grid, kExpertWarps * kWarpSize, 0,
                   current_stream(rows), source, weights.const_data_ptr<float>(), factors.const_data_ptr<float>(), plan,
-                  sums, row_vectors, groups);
+                  sums, row_vectors, static_cast<int>(groups));
   };
   with_width<scalar_t>(row_length, {source, sums}, [&](auto width) {
     if (shape.rank == 1) {
