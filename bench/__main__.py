@@ -69,6 +69,8 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers whose name holds one of these words, "
                         "'none' for no peer; table memory has all")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
+    parser.add_argument("--seconds", type=float, help="no further round of a case starts after so long (default: 2 on a "
+                        "GPU, 1.5 on a CPU)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
 
 
@@ -208,7 +210,7 @@ def run(options: argparse.Namespace) -> Path:
     torch.manual_seed(0)
     start, about = time.perf_counter(), machine.describe(context.device)
     training = train_router(context) if "A" in context.tables and not (options.ops or options.shapes) else None
-    timer = Timer(context.device, options.rounds, SECONDS_PER_CASE[context.profile])
+    timer = Timer(context.device, options.rounds, options.seconds or SECONDS_PER_CASE[context.profile])
     with Progress(*PROGRESS, transient=True) as progress:
         wanted = filter(lambda case: is_wanted(case, context, options), cases(context))
         rows = measure(wanted, timer, about, options.peers, progress)
@@ -239,7 +241,7 @@ def run_shapes(options: argparse.Namespace) -> Path:
           f"E={shape.num_experts} K={shape.topk}")  # fmt: skip
     model_layers.check_memory(shape, context.dtypes[0], device, backward=options.backward)
     start, about = time.perf_counter(), machine.describe(device)
-    timer = Timer(device, options.rounds, SECONDS_PER_CASE[profile])
+    timer = Timer(device, options.rounds, options.seconds or SECONDS_PER_CASE[profile])
     with Progress(*PROGRESS, transient=True) as progress:
         measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
         rows = measure(measured, timer, about, options.peers, progress)

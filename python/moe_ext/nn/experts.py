@@ -161,8 +161,8 @@ class ZeroComputationExperts(nn.Module):
         mixing = F.linear(hidden, self.mixing_weight.flatten(0, 1)).view(hidden.shape[0], self.num_constant, 2)
         of_copy, of_constant = torch.softmax(mixing, dim=-1, dtype=scale.dtype).unbind(-1)
         scale = scale + (weights * of_copy).sum(-1)
-        added = (weights * of_constant) @ self.constants.to(scale.dtype)
-        return torch.addcmul(added, hidden, scale[:, None]).to(hidden.dtype)
+        kept = hidden * scale.to(hidden.dtype)[:, None]
+        return torch.addmm(kept, (weights * of_constant).to(hidden.dtype), self.constants.to(hidden.dtype))
 
     def extra_repr(self) -> str:
         return f"num_constant={self.num_constant}, num_copy={self.num_copy}, num_zero={self.num_zero}"
