@@ -69,8 +69,8 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only peers whose name holds one of these words, "
                         "'none' for no peer; table memory has all")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
-    parser.add_argument("--seconds", type=float, help="no further round of a case starts after so long (default: 2 on a "
-                        "GPU, 1.5 on a CPU)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, help="no further round of a case starts after so long (default: 2 on "
+                        "a GPU, 1.5 on a CPU)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
 
 
