@@ -89,10 +89,11 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes, num_panels = panels.count();
 
   scratch.left_lines.clear(), scratch.right_lines.clear();
-  if (left_inner) add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
+  add_lines(product.left, left_inner ? tile.row : 0, left_inner ? tile.rows : inner, element, scratch.left_lines);
   for (int64_t panel = 0; right_inner && panel < num_panels; ++panel) {
     add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
   }
+  if (!right_inner) add_lines(product.right, 0, inner, element, scratch.right_lines);
   // At least one block, so that a product over nothing still gives its zeros.
   for (int64_t k = 0; k == 0 || k < inner; k += step) {
     const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
@@ -100,13 +101,7 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
     if (left_inner) {
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
     } else {
-      scratch.left_lines.clear();
-      add_lines(product.left, k, count, element, scratch.left_lines);
-      kernels.pack_left_outer(scratch.left, scratch.left_lines.data(), count, tile.row, tile.rows);
-    }
-    if (!right_inner) {
-      scratch.right_lines.clear();
-      add_lines(product.right, k, count, element, scratch.right_lines);
+      kernels.pack_left_outer(scratch.left, scratch.left_lines.data() + k, count, tile.row, tile.rows);
     }
     int64_t line = 0;
     for (int64_t panel = 0; panel < num_panels; ++panel) {
@@ -115,16 +110,17 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
       const int64_t next_cols = panels.cols(more ? panel + 1 : 0);
       // While a panel is multiplied, the next one's weights are fetched; after the last, the first of the next block.
       Fetch wanted;
+      const char* const* lines = scratch.right_lines.data();
+      const int64_t next_count = std::min(step, inner - k - step);
       if (right_inner) {
-        const char* const* lines = scratch.right_lines.data();
         kernels.pack_right_inner(scratch.right, lines + line, cols, k, count);
         line += cols;
         if (more) wanted = {lines + line, next_cols, k * element, count * element};
-        if (!more && !last)
-          wanted = {lines, next_cols, (k + step) * element, std::min(step, inner - k - step) * element};
+        if (!more && !last) wanted = {lines, next_cols, (k + step) * element, next_count * element};
       } else {
-        kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, panels.source(panel), cols);
-        if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
+        kernels.pack_right_outer(scratch.right, lines + k, count, panels.source(panel), cols);
+        if (more) wanted = {lines + k, count, panels.source(panel + 1) * element, next_cols * element};
+        if (!more && !last) wanted = {lines + k + step, next_count, panels.source(0) * element, next_cols * element};
       }
       if (last && output && cols == kernels.panel_cols) {
         const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
