@@ -6,7 +6,6 @@ Not in the test file: the processes of tests/rank_pool.py import it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import moe_ext
-from cases import make_rows, make_topk_ids, make_topk_weights
+from cases import make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from moe_ext import reference
 from moe_ext.distributed import (
     DispatchOptions,
@@ -48,6 +47,8 @@ class WorldCase:
     seed: int = 0
     debug: bool = False
     hidden_size: int = HIDDEN
+    rows_per_node: int | None = None
+    strided: bool = False  # hidden, ids and weights lie behind strides
     elementwise: bool = False  # experts that scale each column, the same bits however many rows there are
 
     @property
@@ -59,7 +60,9 @@ class WorldCase:
         return ExpertMap(self.physical_to_logical or range(sum(self.experts_per_rank)), self.experts_per_rank)
 
     def options(self) -> DispatchOptions:
-        return DispatchOptions(self.form, self.rows_per_rank, self.overflow, self.payload, self.debug)
+        return DispatchOptions(
+            self.form, self.rows_per_rank, self.overflow, self.payload, self.debug, self.rows_per_node
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Of the whole world: hidden, ids, weights, gradient, and the logical experts."""
@@ -84,11 +87,19 @@ class Share:
     dropped_rows: int = 0
 
 
-two_levels = cache(HierarchicalExchange.over_world)  # groups are made once in each process
+_two_levels: dict[tuple[int, int], HierarchicalExchange] = {}
+
+
+def make_two_levels(_: Any, sizes: list[tuple[int, int]]) -> None:
+    """Once in each process, called in all: the exchanges over the first ranks, of (num_ranks, ranks_per_node)."""
+    for num_ranks, ranks_per_node in sizes:
+        exchange = HierarchicalExchange.over(ranks_per_node, [range(num_ranks)])
+        if exchange is not None:
+            _two_levels[num_ranks, ranks_per_node] = exchange
 
 
 def make_exchange(group: Any, case: WorldCase) -> Exchange:
-    return FlatExchange(group) if case.ranks_per_node is None else two_levels(case.ranks_per_node)
+    return FlatExchange(group) if case.ranks_per_node is None else _two_levels[case.num_ranks, case.ranks_per_node]
 
 
 def scale_columns(received: Received, scales: Tensor) -> Tensor:
@@ -104,7 +115,8 @@ def run_share(exchange: Exchange, case: WorldCase) -> Share:
     rank, whole, experts = exchange.rank, case.tensors(), case.map
     first = [0, *accumulate(case.tokens)]
     mine = slice(first[rank], first[rank + 1])
-    hidden, weights = (whole[name][mine].clone().requires_grad_() for name in ("hidden", "weights"))
+    lay = non_contiguous if case.strided else torch.clone
+    hidden, weights = (lay(whole[name][mine]).requires_grad_() for name in ("hidden", "weights"))
     local = experts.local_experts(rank)
     gate_up, down = (whole[name][local].clone().requires_grad_() for name in ("gate_up", "down"))
 
@@ -118,7 +130,7 @@ def run_share(exchange: Exchange, case: WorldCase) -> Share:
             received.hidden, gate_up, down, plan, received.topk_weights, weight_layout="enk", activation="swiglu"
         )
 
-    ids = experts.physical_ids(whole["ids"][mine], first_token=rank)
+    ids = lay(experts.physical_ids(whole["ids"][mine], first_token=rank))
     output, dropped = expert_parallel(
         hidden, ids, weights, compute, exchange, experts.rank_expert_offsets, case.options(), degree=case.degree
     )

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_ext.distributed.dispatch import DispatchOptions, Received, start_combine, start_dispatch
+from moe_ext.distributed.dispatch import start_combine, start_dispatch
 from moe_ext.distributed.exchange import Exchange
+from moe_ext.distributed.level import PendingReturn, Received
+from moe_ext.distributed.node_dispatch import PendingNodeReturn
+from moe_ext.distributed.options import DispatchOptions
 
 
 class ExpertParallelOutput(NamedTuple):
@@ -59,9 +62,16 @@ def expert_parallel(
     if degree < 1:
         raise ValueError(f"degree: expected an integer >= 1, got {degree}")
     arriving = start_dispatch(hidden, topk_ids, topk_weights, exchange, rank_expert_offsets, options, chunks=degree)
-    returning = []
-    for chunk in arriving:
+    returning: list[PendingReturn | PendingNodeReturn] = []
+    dropped = []
+    for index, chunk in enumerate(arriving):
+        # In two levels: the next chunk comes into the node, and the last one leaves it, while this one is computed.
+        for ahead in arriving[index : index + 2]:
+            ahead.advance()
         received = chunk.finish()
+        dropped.append(received.layout.dropped_rows)
         returning.append(start_combine(experts(received), received.layout))
-    output = torch.cat([chunk.finish() for chunk in returning]) if degree > 1 else returning[0].finish()
-    return ExpertParallelOutput(output, torch.stack([chunk.layout.dropped_rows for chunk in arriving]).sum())
+        if index:
+            returning[index - 1].advance()
+    outputs = [chunk.finish() for chunk in returning]
+    return ExpertParallelOutput(torch.cat(outputs) if degree > 1 else outputs[0], torch.stack(dropped).sum())

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_ext.distributed.dispatch import DispatchOptions, Received
 from moe_ext.distributed.exchange import Exchange
 from moe_ext.distributed.expert_map import ExpertMap
 from moe_ext.distributed.expert_parallel import expert_parallel
+from moe_ext.distributed.level import Received
+from moe_ext.distributed.node_dispatch import levels_of
+from moe_ext.distributed.options import DispatchOptions
 from moe_ext.nn.experts import Experts
 from moe_ext.nn.layer import MoEOutput, SharedExpert
 from moe_ext.nn.router import TopKRouter
@@ -92,6 +94,8 @@ class ExpertParallelMoE(nn.Module):
                 f"{self.map.num_ranks}"
             )
         self.exchange, self.dispatch, self.degree = exchange, dispatch or DispatchOptions(), degree
+        if self.dispatch.form == "node":
+            levels_of(exchange)
         self.num_experts, self.tensor_parallel = num_experts, tensor_parallel
         self.group, self.share = divmod(exchange.rank, tensor_parallel)
         self.local_experts = self.map.local_experts(self.group)
