@@ -98,8 +98,12 @@ def make_two_levels(_: Any, sizes: list[tuple[int, int]]) -> None:
             _two_levels[num_ranks, ranks_per_node] = exchange
 
 
+def two_levels(num_ranks: int, ranks_per_node: int) -> HierarchicalExchange:
+    return _two_levels[num_ranks, ranks_per_node]
+
+
 def make_exchange(group: Any, case: WorldCase) -> Exchange:
-    return FlatExchange(group) if case.ranks_per_node is None else _two_levels[case.num_ranks, case.ranks_per_node]
+    return FlatExchange(group) if case.ranks_per_node is None else two_levels(case.num_ranks, case.ranks_per_node)
 
 
 def scale_columns(received: Received, scales: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from moe_ext.distributed.options import DispatchOptions
 from moe_ext.nn.experts import Experts
 from moe_ext.nn.layer import MoEOutput, SharedExpert
 from moe_ext.nn.router import TopKRouter
+from moe_ext.ops.autocast import cast_for_product
 from moe_ext.ops.gating import router_losses
 from moe_ext.ops.plan import routing_plan
 
@@ -139,7 +140,8 @@ class ExpertParallelMoE(nn.Module):
             shares = self.share_ids[ids.clamp(min=0).long()]
             ids = torch.where(ids[..., None] >= 0, shares, -1).flatten(1)
             travelling_weights = topk_weights.repeat_interleave(self.tensor_parallel, 1)
-        travelling = rows if self.descend is None else self.descend(rows)
+        # The experts would cast them there: under autocast half the bytes travel.
+        travelling = cast_for_product(rows if self.descend is None else self.descend(rows))
         output, dropped = expert_parallel(
             travelling,
             ids,
