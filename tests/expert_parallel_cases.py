@@ -39,6 +39,7 @@ class WorldCase:
     rows_per_rank: int | None = None
     overflow: str = "raise"
     degree: int = 1
+    backward_degree: int | None = None
     routing: str = "uniform"
     physical_to_logical: tuple[int, ...] | None = None
     ranks_per_node: int | None = None
@@ -136,12 +137,13 @@ def run_share(exchange: Exchange, case: WorldCase) -> Share:
 
     ids = lay(experts.physical_ids(whole["ids"][mine], first_token=rank))
     output, dropped = expert_parallel(
-        hidden, ids, weights, compute, exchange, experts.rank_expert_offsets, case.options(), degree=case.degree
-    )
+        hidden, ids, weights, compute, exchange, experts.rank_expert_offsets, case.options(), degree=case.degree,
+        backward_degree=case.backward_degree,
+    )  # fmt: skip
     inputs = {"hidden": hidden, "weights": weights, "gate_up": gate_up, "down": down}
-    grads = torch.autograd.grad(output, list(inputs.values()), whole["grad"][mine], allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs.values(), strict=True)]
-    return Share(output.detach(), dict(zip(inputs, grads, strict=True)), int(dropped))
+    output.backward(whole["grad"][mine])
+    grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
+    return Share(output.detach(), grads, int(dropped))
 
 
 def run_case(group: Any, case: WorldCase) -> Share:

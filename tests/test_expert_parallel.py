@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compare import relative_error
 from expert_parallel_cases import HIDDEN, Share, WorldCase, joined, run_case, run_dense, run_share
-from moe_ext.distributed import FlatExchange, HierarchicalExchange, combine, dispatch
+from moe_ext.distributed import FlatExchange, HierarchicalExchange, expert_parallel
 from virtual_ranks import Board, VirtualExchange, run_virtual_ranks
 
 pytestmark = pytest.mark.cpu
@@ -81,6 +81,8 @@ CASES = {
     "nodes, static, chunks, dropped slots": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2,
                                                       rows_per_rank=6, rows_per_node=3, degree=3, routing="dropped"),
     "nodes, no tokens at all": WorldCase((0, 0, 0, 0), (3, 3, 2, 3), 2, "node", ranks_per_node=2, degree=2),
+    "nodes, another degree backward": WorldCase((7, 2, 0, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2, degree=2,
+                                                backward_degree=3),
     "nodes, debug mode": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2, debug=True, degree=2),
 }  # fmt: skip
 
@@ -256,6 +258,41 @@ def test_chunks_move_the_same_bits(form, ranks_per_node, pool):
         assert_same_bits(chunked, whole, ("hidden", "weights"))
 
 
+class Recording(FlatExchange):
+    """What was exchanged, in order."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.seen: list[str] = []
+
+    def start(self, rows: Tensor, splits: Any, **more: Any) -> Any:
+        self.seen.append(more["what"])
+        return super().start(rows, splits, **more)
+
+
+def run_recording(group: Any, case: WorldCase) -> tuple[Share, list[str]]:
+    exchange = Recording(group)
+    return run_share(exchange, case), exchange.seen
+
+
+@pytest.mark.parametrize("form", ["dedup", "slot"])
+@pytest.mark.parametrize("degree, backward_degree", [(1, 4), (4, 1), (3, 2)])
+@pytest.mark.parametrize("rows_per_rank", [None, 40])
+def test_the_backward_in_other_chunks(rows_per_rank, degree, backward_degree, form, pool):
+    """The forward again, then its gradients, both in ``backward_degree`` chunks."""
+    case = WorldCase((9, 0, 6), (3, 0, 4), 4, form, rows_per_rank, degree=degree, backward_degree=backward_degree)
+    shares, seen = zip(*pool.run(3, run_recording, case), strict=True)
+    assert_equals_dense(list(shares), case)
+    for exchanged in seen:
+        dispatches = [i for i, what in enumerate(exchanged) if what == "the rows of a dispatch"]
+        assert len(dispatches) == degree + backward_degree
+        assert exchanged.count("the gradients of a combine") == backward_degree
+        assert exchanged.index("the rows of a combine") in range(dispatches[0], dispatches[-1])
+    elementwise = replace(case, elementwise=True)
+    assert_same_bits(pool.run(3, run_case, elementwise), pool.run(3, run_case, replace(elementwise, backward_degree=None)),
+                     ("hidden", "weights"))  # fmt: skip
+
+
 @pytest.mark.parametrize("num_ranks, ranks_per_node", [(8, 4), (16, 4), (64, 8)])
 @pytest.mark.parametrize("form", ["dedup", "slot"])
 def test_many_virtual_ranks(num_ranks, ranks_per_node, form):
@@ -292,16 +329,18 @@ def run_frozen(group: Any, case: WorldCase) -> torch.Tensor | None:
     """Only rank 0's rows want a gradient; the others must take part in its backward all the same."""
     exchange, whole = FlatExchange(group), case.tensors()
     hidden = whole["hidden"][:3].clone().requires_grad_(exchange.rank == 0)
-    received = dispatch(
-        hidden, whole["ids"][:3], whole["weights"][:3], exchange, case.map.rank_expert_offsets, case.options()
-    )
-    combine(received.hidden * 2, received.layout).sum().backward()
+    output, _ = expert_parallel(
+        hidden, whole["ids"][:3], whole["weights"][:3], lambda received: received.hidden * 2, exchange,
+        case.map.rank_expert_offsets, case.options(), backward_degree=case.backward_degree,
+    )  # fmt: skip
+    output.sum().backward()
     return hidden.grad
 
 
 @pytest.mark.parametrize("form", ["dedup", "slot"])
-def test_ranks_that_want_no_gradient_take_part_in_the_backward(form, pool):
-    case = WorldCase((3, 3), (4, 0), 1, form)
+@pytest.mark.parametrize("backward_degree", [None, 2])
+def test_ranks_that_want_no_gradient_take_part_in_the_backward(backward_degree, form, pool):
+    case = WorldCase((3, 3), (4, 0), 1, form, backward_degree=backward_degree)
     grad, none = pool.run(2, run_frozen, case)
     weight = case.tensors()["weights"][:3] if form == "slot" else torch.ones(3, 1, dtype=torch.float64)
     assert none is None and relative_error(grad, 2 * weight.expand(3, HIDDEN)) <= 1e-15

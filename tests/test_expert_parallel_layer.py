@@ -25,6 +25,7 @@ SPREAD = {
     ),
     "slots, chunks": (3, {}, {"dispatch": DispatchOptions(form="slot"), "degree": 3}),
     "static": (4, {}, {"dispatch": DispatchOptions(rows_per_rank=9)}),
+    "another degree backward": (3, {}, {"degree": 2, "backward_degree": 3}),
     "nodes, chunks": (4, {}, {"dispatch": DispatchOptions(form="node"), "degree": 2, "ranks_per_node": 2}),
     "nodes, tensor parallel": (
         4,
@@ -168,5 +169,11 @@ def test_bad_maps_and_options():
             ValueError, match="rows_per_node: expected with form='node' and rows_per_rank, and only then"
         ):
             DispatchOptions(**options)
-    with pytest.raises(ValueError, match="degree: expected an integer >= 1, got 0"):
-        make(num_ranks=1, degree=0).double()(make_rows(2, HIDDEN, dtype=torch.float64))
+    hidden = make_rows(2, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^degree: expected an integer >= 1, got 0"):
+        make(num_ranks=1, degree=0).double()(hidden)
+    with pytest.raises(ValueError, match="backward_degree: expected None or an integer >= 1, got 0"):
+        make(num_ranks=1, backward_degree=0).double()(hidden)
+    dropping = DispatchOptions(rows_per_rank=1, overflow="drop")
+    with pytest.raises(ValueError, match="backward_degree: expected None with overflow='drop'"):
+        make(num_ranks=1, backward_degree=2, dispatch=dropping).double()(hidden)

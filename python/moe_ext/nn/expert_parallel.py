@@ -43,7 +43,7 @@ class ExpertParallelMoE(nn.Module):
         expert_map: which rank holds which expert, with copies or without; default: consecutive, even. With
             ``tensor_parallel`` its ranks are groups of that many.
         dispatch: how rows travel.
-        degree: chunks of the pipeline, see :func:`moe_ext.distributed.expert_parallel`.
+        degree, backward_degree: chunks of the pipeline, see :func:`moe_ext.distributed.expert_parallel`.
         bottleneck_size: BigMac: project to this width before the dispatch and back after the combine; the experts work
             at it, and bytes shrink by ``bottleneck_size / hidden_size``.
         tensor_parallel: cut every expert's intermediate size over this many consecutive ranks. A token travels to each
@@ -69,6 +69,7 @@ class ExpertParallelMoE(nn.Module):
         expert_map: ExpertMap | None = None,
         dispatch: DispatchOptions | None = None,
         degree: int = 1,
+        backward_degree: int | None = None,
         bottleneck_size: int | None = None,
         tensor_parallel: int = 1,
         shared_intermediate_size: int = 0,
@@ -94,7 +95,8 @@ class ExpertParallelMoE(nn.Module):
                 f"expert_map: expected {num_experts} experts on {groups} ranks, got {self.map.num_logical} on "
                 f"{self.map.num_ranks}"
             )
-        self.exchange, self.dispatch, self.degree = exchange, dispatch or DispatchOptions(), degree
+        self.exchange, self.dispatch = exchange, dispatch or DispatchOptions()
+        self.degree, self.backward_degree = degree, backward_degree
         if self.dispatch.form == "node":
             levels_of(exchange)
         self.num_experts, self.tensor_parallel = num_experts, tensor_parallel
@@ -151,6 +153,7 @@ class ExpertParallelMoE(nn.Module):
             self.rank_expert_offsets,
             self.dispatch,
             degree=self.degree,
+            backward_degree=self.backward_degree,
         )
         if self.ascend is not None:
             output = self.ascend(output)
