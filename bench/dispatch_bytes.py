@@ -116,8 +116,8 @@ def crossing_lines(link: Link) -> list[str]:
     columns = ["model", "ranks", *(f"{what}, {form}" for form in forms for what in ("rows per token", "KiB per token"))]
     lines = [
         "",
-        f"What leaves a node of {RANKS_PER_NODE} ranks, by the form of dispatch: `node` sends a token once to each other "
-        "node, `D(N) (N - 1) / N` rows for N nodes, and fans it out there. Rows are expected / counted.",
+        f"What leaves a node of {RANKS_PER_NODE} ranks, by the form of dispatch: `node` sends a token once to each "
+        "other node, `D(N) (N - 1) / N` rows for N nodes, and fans it out there. Rows are expected / counted.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
