@@ -6,13 +6,13 @@ shape or dtype from what was computed. Autograd's engine would ask for a real de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -26,8 +26,8 @@ class BackwardReached(BaseException):
     """``Tensor.backward``: the test cannot go on."""
 
 
-class MixedDevices(AssertionError):
-    """An op of ours got tensors of several devices: a kernel would raise."""
+class WrongDevice(RuntimeError):
+    """An op of ours got tensors of several devices, where a kernel would raise, or its fake says something else."""
 
 
 def _value(x: Any) -> Any:
@@ -47,7 +47,7 @@ class FakeCuda(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type != "meta"}
         if func.namespace == "moe_ext" and len(devices) > 1:
-            raise MixedDevices(f"{func}: tensors on {sorted(map(str, devices))}")
+            raise WrongDevice(f"{func}: tensors on {sorted(map(str, devices))}")
         result = func(*tree_map(_value, args), **tree_map(_value, kwargs))
         if not any(isinstance(x, Tensor) for x in tree_leaves(result)):
             return result
@@ -62,7 +62,8 @@ class FakeCuda(FakeTensorMode):
             self._fakes_alone = False
         for fake, value in zip(tree_leaves(fakes), tree_leaves(result), strict=True):
             if isinstance(fake, FakeTensor):
-                assert fake.shape == value.shape and fake.dtype == value.dtype, f"{func}: {fake} for {value}"
+                if fake.shape != value.shape or fake.dtype != value.dtype:
+                    raise WrongDevice(f"{func}: {fake} for {value}")
                 fake._value = value
         return fakes
 
@@ -71,8 +72,14 @@ def _like(x: Any, device: torch.device) -> Any:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) if isinstance(x, Tensor) else x
 
 
-def _zero_gradients(outputs: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs))
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """nn.Module._apply, which swaps a parameter with its copy on the device: fake tensors cannot be swapped."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+        part._buffers.update({name: function(b) for name, b in part._buffers.items() if b is not None})
+    return module
 
 
 def _backward(*_: Any, **__: Any) -> None:
@@ -81,11 +88,22 @@ def _backward(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ends early and silently at a call of ``Tensor.backward``."""
-    monkeypatch.setattr(torch.autograd, "grad", _zero_gradients)
+    """Ends early and silently at a call of ``Tensor.backward``, and where a gradient of zeros is found to be wrong."""
+    asked = False
+
+    def zero_gradients(outputs: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+        nonlocal asked
+        asked = True
+        return tuple(torch.zeros_like(x) for x in ([inputs] if isinstance(inputs, Tensor) else inputs))
+
+    monkeypatch.setattr(torch.autograd, "grad", zero_gradients)
     monkeypatch.setattr(Tensor, "backward", _backward)
+    monkeypatch.setattr(nn.Module, "_apply", _apply)
     try:
         with FakeCuda(allow_non_fake_inputs=False):
             yield
     except BackwardReached:
         pass
+    except AssertionError:
+        if not asked:
+            raise

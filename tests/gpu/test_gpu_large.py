@@ -24,7 +24,7 @@ DTYPE = torch.bfloat16
 @pytest.fixture
 def elements(device) -> int:
     if device == "cpu":
-        return 2**18  # a dry run
+        return 2**16  # a dry run
     if torch.cuda.mem_get_info()[0] < NEEDED_BYTES:
         pytest.skip(f"needs {NEEDED_BYTES >> 30} GiB of free GPU memory")
     return BOUNDARY
