@@ -49,6 +49,15 @@ class Timer:
                 seconds[name].append(self._once(run, repeats[name]))
         return {name: Timing(statistics.median(s), min(s), len(s), tuple(s)) for name, s in seconds.items()}
 
+    def device_is_lost(self) -> bool:
+        """Whether an earlier kernel left an error that every later one would report."""
+        try:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception:  # what torch raises for it differs between versions
+            return True
+        return False
+
     def _warm_up(self, run: Callable[[], Any]) -> tuple[int, float | None]:
         """How often to repeat ``run`` in a round, and the seconds of this call where they can count as a round."""
         if self.device == "cuda":
