@@ -28,6 +28,7 @@ from . import (
     bench_plan,
     compare,
     dispatch_bytes,
+    headline,
     html_report,
     language_model,
     machine,
@@ -87,6 +88,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     report_parser.add_argument("files", type=Path, nargs="+", metavar="JSON")
     report_parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page that needs nothing else there, "
                                "instead of printing Markdown")  # fmt: skip
+    headline_parser = commands.add_parser("headline", help="the few figures of a README from result files, as Markdown")
+    headline_parser.add_argument("files", type=Path, nargs="+", metavar="JSON")
+    headline_parser.add_argument("--page", type=Path, help="write them between the marks of this page instead")
     compare_parser = commands.add_parser("compare", help="two result files; exit status 1 if something became slower")
     compare_parser.add_argument("old", type=Path)
     compare_parser.add_argument("new", type=Path)
@@ -318,6 +322,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{len(options.files)} result files in {options.html}")
     elif options.subcommand == "report":
         print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.files))
+    elif options.subcommand == "headline":
+        text = headline.headline(options.files)
+        headline.write_into(options.page, text) if options.page else print(text, end="")
     elif options.subcommand == "compare":
         sys.exit(compare.main(options.old, options.new, options.threshold / 100, options.alpha, options.all))
     elif options.subcommand == "dispatch-bytes":

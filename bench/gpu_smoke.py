@@ -68,6 +68,9 @@ def run_layer(dtype: torch.dtype, num_tokens: int, hidden_size: int, intermediat
     sent, sent_ids, sent_weights = moe_ext.a2a_pack(hidden, ids, weights, a2a)
     unpacked, _ = moe_ext.a2a_unpack(sent, sent_ids, 4)
     returned = moe_ext.a2a_combine(sent, a2a)
+    for payload in ("native", "fp8"):
+        packed = moe_ext.a2a_pack_rows(hidden, ids, weights, a2a, payload=payload)
+        moe_ext.a2a_unpack_rows(packed, hidden_size, topk, dtype, payload=payload)
     parts = (output, combined, unpacked, returned, sent_weights, chosen, balance, z)
     sum(part.float().sum() for part in parts).backward()
     synchronize()

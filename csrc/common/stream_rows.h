@@ -28,7 +28,7 @@ class RowWriter {
 
   void copy(void* row, const void* source) const { write(row, source, row_bytes_); }
 
-  // Part of a row; where the rows are streamed, its place and size are multiples of 16 bytes.
+  // Parts of a row; where the rows are streamed, their places and sizes are multiples of 16 bytes.
   void write(void* destination, const void* source, int64_t bytes) const {
 #ifdef __SSE2__
     if (streamed_) {
@@ -41,15 +41,17 @@ class RowWriter {
     std::memcpy(destination, source, bytes);
   }
 
-  void zero(void* row) const {
+  void zero(void* row) const { zero(row, row_bytes_); }
+
+  void zero(void* destination, int64_t bytes) const {
 #ifdef __SSE2__
     if (streamed_) {
-      auto* to = static_cast<__m128i*>(row);
-      for (int64_t i = 0; i < row_bytes_ / kVectorBytes; ++i) _mm_stream_si128(to + i, _mm_setzero_si128());
+      auto* to = static_cast<__m128i*>(destination);
+      for (int64_t i = 0; i < bytes / kVectorBytes; ++i) _mm_stream_si128(to + i, _mm_setzero_si128());
       return;
     }
 #endif
-    std::memset(row, 0, row_bytes_);
+    std::memset(destination, 0, bytes);
   }
 
   // Each thread, when its rows are written: orders streamed stores before whatever comes next.

@@ -65,14 +65,16 @@ inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight,
   check_weight(
       gate_up_weight, "gate_up_weight",
       enk ? "[num_experts, gate and up columns, hidden_size]" : "[num_experts, hidden_size, gate and up columns]");
-  check_size(gate_up_weight, "gate_up_weight", enk ? 2 : 1, shape.hidden_size, "hidden_size, as in input");
+  const char* as_in_input =
+      enk ? "hidden_size, as in input, for layout enk" : "hidden_size, as in input, for layout ekn";
+  check_size(gate_up_weight, "gate_up_weight", enk ? 2 : 1, shape.hidden_size, as_in_input);
   shape.gate_up_width = gate_up_weight.size(enk ? 1 : 2);
   shape.activation =
       check_activation(activation, gate_up_layout, activation_alpha, activation_limit, false, shape.gate_up_width);
   shape.intermediate_size = shape.activation.output_width(shape.gate_up_width);
   check_weight(down_weight, "down_weight",
                enk ? "[num_experts, hidden_size, intermediate_size]" : "[num_experts, intermediate_size, hidden_size]");
-  check_size(down_weight, "down_weight", enk ? 1 : 2, shape.hidden_size, "hidden_size, as in input");
+  check_size(down_weight, "down_weight", enk ? 1 : 2, shape.hidden_size, as_in_input);
   check_size(down_weight, "down_weight", enk ? 2 : 1, shape.intermediate_size,
              "intermediate_size, from the columns of gate_up_weight and the activation");
   const auto check_bias = [&](const std::optional<Tensor>& bias, const char* name, int64_t width, const char* meaning) {

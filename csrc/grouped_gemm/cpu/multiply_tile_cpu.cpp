@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace moe_ext::cpu {
 namespace {
 
@@ -75,8 +79,9 @@ struct Panels {
   bool completes(int64_t panel) const { return !pair || panel % 2; }
 };
 
+// `output` is null, or what `finish` writes: whole panels go there from the registers.
 void multiply_packed(const Product& product, const Tile& tile, const GemmKernels& kernels,
-                     const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
+                     const std::function<void(const TileSums&)>& finish, const Output* output, Scratch& scratch) {
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
   const bool left_inner = product.left.lines_are_rows, right_inner = !product.right.lines_are_rows;
   const int64_t step = kDepth * kernels.elements_per_unit;
@@ -121,18 +126,26 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
         kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, panels.source(panel), cols);
         if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
       }
+      if (last && output && cols == kernels.panel_cols) {
+        const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
+        kernels.multiply(scratch.left, scratch.right, tile.rows, depth, scratch.sums + panel * panel_bytes, k == 0,
+                         {output->data + tile.row * stride + col * kernels.output_bytes, stride,
+                          output->bias ? output->bias + col * element : nullptr, output->stream},
+                         wanted);
+        continue;
+      }
       if (inner <= step && !product.pair) {
         // One block: every strip is finished as it comes, so that writing it overlaps with the next one's arithmetic.
         for (int64_t row = 0; row < tile.rows; row += kernels.strip_rows) {
           const int64_t rows = std::min(kernels.strip_rows, tile.rows - row);
           kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, scratch.right, rows, depth,
-                           scratch.sums, true, row == 0 ? wanted : Fetch{});
+                           scratch.sums, true, {}, row == 0 ? wanted : Fetch{});
           finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
         }
         continue;
       }
       char* sums = scratch.sums + panel * panel_bytes;
-      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, wanted);
+      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, {}, wanted);
       if (last && panels.completes(panel)) {
         finish({tile.row, tile.rows, tile.col + panels.col(panel), cols, product.pair ? sums - panel_bytes : sums,
                 product.pair ? sums : nullptr, kernels.panel_cols});
@@ -259,15 +272,37 @@ const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
   return kernels_of(type, dtype != output_dtype);
 }
 
+namespace {
+
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
-                   const std::function<void(const TileSums&)>& finish) {
+                   const std::function<void(const TileSums&)>& finish, const Output* output) {
   thread_local Scratch scratch;
   const Way way = choose_way(product, kernels);
   if (way == Way::kPacked) {
-    multiply_packed(product, tile, kernels, finish, scratch);
+    multiply_packed(product, tile, kernels, finish, output, scratch);
   } else {
     multiply_in_place(product, tile, kernels, way, finish, scratch);
   }
+}
+
+}  // namespace
+
+void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
+                   const std::function<void(const TileSums&)>& finish) {
+  multiply_tile(product, tile, kernels, finish, nullptr);
+}
+
+void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels, const Output& output) {
+  const int64_t stride = product.right.cols * kernels.output_bytes;
+  const auto finish = [&](const TileSums& sums) {
+    kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols,
+                   output.bias ? output.bias + sums.col * kernels.element_bytes : nullptr,
+                   output.data + sums.row * stride + sums.col * kernels.output_bytes, stride);
+  };
+  multiply_tile(product, tile, kernels, finish, &output);
+#ifdef __SSE2__
+  if (output.stream) _mm_sfence();
+#endif
 }
 
 TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKernels& kernels)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_ext.activation_names import GATED_ACTIVATIONS
+from moe_ext.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.plan_types import RoutingPlan
 
@@ -25,6 +25,9 @@ class Experts(BackendModule):
 
     The parameters are ``gate_up_weight`` and ``down_weight`` in the shapes that :func:`moe_ext.moe_mlp` documents, and
     ``gate_up_bias`` [num_experts, gate and up columns] and ``down_bias`` [num_experts, hidden_size] or None.
+
+    Raises:
+        ValueError: an activation or a layout of that name does not exist.
     """
 
     def __init__(
@@ -40,6 +43,10 @@ class Experts(BackendModule):
         backend: Backend = "kernels",
     ) -> None:
         super().__init__(backend)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if weight_layout not in ("enk", "ekn"):
+            raise ValueError(f"weight_layout: expected enk or ekn, got {weight_layout!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.gate_up_layout, self.weight_layout = activation, gate_up_layout, weight_layout
         up_columns = intermediate_size * (2 if activation in GATED_ACTIVATIONS else 1)
