@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gpu_test_plugin as plugin
+from .tune_tiles import TILE_VARIABLE
 
 PYTEST = (sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
 ENDINGS = ("passed", "failed", "skipped", "hang", "fault")
@@ -32,6 +33,11 @@ SLOW_FILES = {"test_gpu_compile": 3.0}  # times as long, since each test compile
 RERUN_SECONDS = 40.0
 MAX_PROCESSES = 12  # of one file
 MAX_RERUNS = 8
+MAX_QUESTIONS = 2  # to cuda-gdb, which takes its time
+# Left to itself a small product takes one tile or none: these files run again on every tile, each n-th test of them.
+TILED_FILES = ("test_gpu_grouped_gemm.py", "test_gpu_experts.py")
+TILES = ("128x256", "128x128", "64x256")
+TILE_SAMPLE = "3"
 LOG_TAIL = 3000  # characters
 SHOWN_LINES = 12  # of what went wrong, in the summary
 
@@ -45,6 +51,7 @@ class File:
     log: Path
     journal: Path  # events of all files
     hang_seconds: float
+    tile: str = ""  # forced on every product, see tune_tiles.py
     process: subprocess.Popen[bytes] | None = None
     processes: int = 0
     done: bool = False
@@ -58,8 +65,9 @@ class File:
     def read(self) -> None:
         known = len(self.events)
         self.events = plugin.read(self.record)
+        mark = {"tile": self.tile} if self.tile else {}
         with self.journal.open("a") as journal:
-            journal.writelines(json.dumps(event) + "\n" for event in self.events[known:])
+            journal.writelines(json.dumps({**event, **mark}) + "\n" for event in self.events[known:])
 
     def running(self) -> dict[str, Any] | None:
         """The start of the test that has not ended."""
@@ -71,9 +79,9 @@ class File:
         self.first = ""
         watch = f"faulthandler_timeout={max(self.hang_seconds - 3, self.hang_seconds / 2)}"
         command = [*PYTEST, "-p", plugin.__name__, "-o", watch, str(self.path)]
+        variables = {**environment(self.tile), plugin.RECORD: str(self.record)}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
-                                            env={**os.environ, plugin.RECORD: str(self.record)})  # fmt: skip
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
 
     def kill(self) -> None:
         if self.process:
@@ -115,10 +123,18 @@ class File:
                 self.start() if self.processes < MAX_PROCESSES else setattr(self, "done", True)
 
 
+asked: list[int] = []  # processes that cuda-gdb looked into
+
+
+def environment(tile: str) -> dict[str, str]:
+    return {**os.environ, **({TILE_VARIABLE: tile, "MOE_EXT_SAMPLE": TILE_SAMPLE} if tile else {})}
+
+
 def stuck_kernels(pid: int) -> str:
     """Which kernel a process waits for and where its warps stand, if cuda-gdb is there to tell."""
-    if not shutil.which("cuda-gdb"):
+    if not shutil.which("cuda-gdb") or len(asked) >= MAX_QUESTIONS:
         return ""
+    asked.append(pid)
     questions = ["info cuda kernels", "info cuda blocks", "info cuda warps", "x/4i $pc"]
     command = ["cuda-gdb", "-batch", "-p", str(pid), *(word for q in questions for word in ("-ex", q))]
     try:
@@ -149,21 +165,22 @@ def run_files(files: list[File], jobs: int, deadline: float) -> None:
             file.add("cut", test=running["test"])
 
 
-def rerun(tests: list[tuple[str, str]], folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """(test, what happened to it) once more, each alone and all at once."""
+def rerun(tests: list[tuple[str, str, str]], folder: Path, seconds: float) -> list[dict[str, Any]]:
+    """(test, what happened to it, tile) once more, each alone and all at once."""
     sanitizer = shutil.which("compute-sanitizer")
     started = []
     results = []
     end = time.time() + seconds
     try:
-        for index, (test, event) in enumerate(tests):
+        for index, (test, event, tile) in enumerate(tests):
             command = [*PYTEST, "-o", f"faulthandler_timeout={max(seconds - 5, 1)}", test]
             if sanitizer and event == "fault":
                 command = [sanitizer, "--tool", "memcheck", *command]
             log = folder / f"rerun-{index}.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True,
-                                           env={**os.environ, "CUDA_LAUNCH_BLOCKING": "1"})  # fmt: skip
+                                           env={**environment(tile), "MOE_EXT_SAMPLE": "1",
+                                                "CUDA_LAUNCH_BLOCKING": "1"})  # fmt: skip
             started.append((test, process, log))
         for test, process, log in started:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -183,15 +200,15 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def worst_first(files: list[File]) -> list[tuple[str, str]]:
+def worst_first(files: list[File]) -> list[tuple[str, str, str]]:
     """One test of every function that went wrong: faults, then hangs, then wrong results."""
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, tuple[str, str, str]] = {}
     for event in ("fault", "hang", "failed"):
         for file in files:
             for e in file.events:
                 if e["event"] == event:
                     test = f"{file.path}::{e['test'].split('::', 1)[1]}"
-                    found.setdefault(plugin.function_of(test), (test, event))
+                    found.setdefault(plugin.function_of(test), (test, event, file.tile))
     return list(found.values())
 
 
@@ -199,6 +216,10 @@ def shown(event: dict[str, Any]) -> list[str]:
     """The end of a failure, the innermost calls of a stack."""
     lines = event.get("text", "").splitlines()
     return lines[-SHOWN_LINES:] if event["event"] in ("failed", "broken") else lines[:SHOWN_LINES]
+
+
+def on_tile(file: File) -> str:
+    return f" on {file.tile}" if file.tile else ""
 
 
 def summary(files: list[File]) -> list[str]:
@@ -211,12 +232,12 @@ def summary(files: list[File]) -> list[str]:
         left = collected - sum(counts.values())
         words += [f"{left} not reached"] if left > 0 else []
         words += ["BROKEN"] if any(e["event"] == "broken" for e in file.events) else []
-        lines.append(f"{file.path.name}: {', '.join(words) or 'nothing ran'}")
+        lines.append(f"{file.path.name}{on_tile(file)}: {', '.join(words) or 'nothing ran'}")
     wrong: dict[str, list[dict[str, Any]]] = {}
     for file in files:
         for e in file.events:
             if e["event"] in ("failed", "hang", "fault", "broken"):
-                wrong.setdefault(plugin.function_of(e["test"]), []).append(e)
+                wrong.setdefault(plugin.function_of(e["test"]) + on_tile(file), []).append(e)
     for function, events in wrong.items():
         kinds = Counter(e["event"] for e in events)
         lines += [
@@ -233,20 +254,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", help="default: tests/gpu/test_*.py")
     parser.add_argument("--seconds", type=float, default=170.0, help="for everything (default: 170)")
     parser.add_argument("--hang", type=float, default=25.0, help="a test that takes longer hangs (default: 25)")
-    parser.add_argument("--jobs", type=int, default=6, help="files at once (default: 6)")
+    parser.add_argument("--jobs", type=int, default=8, help="files at once (default: 8)")
     options = parser.parse_args(arguments)
     deadline = time.time() + options.seconds
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what it started ends with it
     options.out.mkdir(parents=True, exist_ok=True)
     journal = options.out / "tests.jsonl"
     journal.write_text("")
-    paths = options.files or sorted(Path("tests/gpu").glob("test_*.py"))
+    # What takes longest, and what matters most, first.
+    first = {*TILED_FILES, *(f"{stem}.py" for stem in SLOW_FILES)}
+    paths = options.files or sorted(
+        Path("tests/gpu").glob("test_*.py"), key=lambda path: (path.name not in first, path.name)
+    )
     with tempfile.TemporaryDirectory() as name:
         logs = Path(name)
         files = [
-            File(path, logs / f"{path.stem}.jsonl", logs / f"{path.stem}.log", journal,
-                 options.hang * SLOW_FILES.get(path.stem, 1.0))
+            File(path, logs / f"{path.stem}-{tile}.jsonl", logs / f"{path.stem}-{tile}.log", journal,
+                 options.hang * SLOW_FILES.get(path.stem, 1.0), tile)
             for path in paths
+            for tile in ("", *(TILES if path.name in TILED_FILES else ()))
         ]  # fmt: skip
         run_files(files, options.jobs, deadline - RERUN_SECONDS / 2)
         for file in files:

@@ -29,6 +29,12 @@ def test_wrong(i): assert i == 1, "not one"
 """
 
 
+TILED = """
+import os
+def test_tile(): assert "MOE_EXT_SM90_TILE" not in os.environ
+"""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
@@ -51,12 +57,16 @@ def misbehaving(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("misbehaving")
     (folder / "test_misbehaving.py").write_text(MISBEHAVING)
     (folder / "test_broken.py").write_text("import no_such_module")
+    (folder / "test_tiled.py").write_text(TILED)
     patch = pytest.MonkeyPatch()
     patch.setattr(gpu_tests, "STARTUP_SECONDS", 0.5)
     patch.setattr(gpu_tests, "RERUN_SECONDS", 0.0)
+    patch.setattr(gpu_tests, "TILED_FILES", ("test_tiled.py",))
+    patch.setattr(gpu_tests, "TILES", ("64x256",))
+    patch.setenv("MOE_EXT_SAMPLE", "1")
     patch.setattr(gpu_tests.signal, "signal", lambda *_: None)
     patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
-    files = [str(folder / name) for name in ("test_misbehaving.py", "test_broken.py")]
+    files = [str(folder / name) for name in ("test_misbehaving.py", "test_broken.py", "test_tiled.py")]
     status = gpu_tests.main([str(folder / "out"), *files, "--hang", "2", "--seconds", "300", "--jobs", "1"])
     patch.undo()
     assert status == 1
@@ -71,11 +81,12 @@ def test_hangs_and_faults_cost_themselves_only(misbehaving):
     _, events = misbehaving
     assert names_of(events, "passed")[:3] == ["test_good[0]", "test_good[1]", "test_good[2]"]
     assert "test_wrong[1]" in names_of(events, "passed")
-    assert names_of(events, "failed") == ["test_wrong[0]", "test_wrong[2]"]
+    assert names_of(events, "failed") == ["test_tile", "test_wrong[0]", "test_wrong[2]"]
     # Twice a function may hang or fault; then its other parameters are given up.
     assert len(names_of(events, "fault")) == 2 and len(names_of(events, "hang")) == 2
     assert all("test_hangs" in test for test in names_of(events, "hang"))
-    assert len(set(names_of(events, "start"))) == len(names_of(events, "start")), "a test ran twice"
+    started = [e["test"] for e in events if e["event"] == "start" and "tile" not in e]
+    assert len(set(started)) == len(started), "a test ran twice"
     hang = next(e for e in events if e["event"] == "hang")
     assert "in test_hangs" in hang["text"], "the stack of a test that hangs is not told"
 
@@ -87,6 +98,7 @@ def test_summary_names_what_went_wrong(misbehaving):
     assert "test_broken.py: BROKEN" in text and "no_such_module" in text
     assert "test_wrong: 2 failed; first" in text and "not one" in text
     assert len(names_of(events, "broken")) == 1
+    assert "test_tiled.py: 1 passed" in text and "test_tiled.py on 64x256: 1 failed" in text
 
 
 def test_time_that_runs_out_leaves_no_function_untried():

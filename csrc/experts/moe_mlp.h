@@ -3,8 +3,8 @@
 //   output = sum over a token's rows of topk_weight * (activation(H) @ down + down_bias), in fp32
 // moe_mlp_backward needs input, H and the plan; nothing else of size [M, ...] is kept. Of experts that
 // trainable_experts leaves out it returns zeros for the weights, without a product; their biases' gradients it leaves
-// to the caller. On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); moe_mlp_compose.h makes CUDA's
-// of grouped GEMMs and row kernels.
+// to the caller. On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); CUDA's are
+// composed of grouped GEMMs and row kernels.
 #pragma once
 
 #include <tuple>
