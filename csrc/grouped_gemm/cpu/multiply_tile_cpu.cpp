@@ -19,6 +19,9 @@ namespace {
 // Tiles are narrowed down to this while there are fewer than kTilesPerThread for each thread.
 constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kTilesPerThread = 8;
+// Bytes of a line that is swept, or of a half with a pair. Shorter pieces are read at two thirds of the rate: what the
+// hardware fetches past their ends is lost. Only a thread without a tile is worth that.
+constexpr int64_t kShortestSweep = 2048;
 constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to row
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -215,14 +218,22 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
     }
   } else {
     const int64_t step = kDepth * kernels.elements_per_unit;
+    add_lines(product.right, 0, inner, element, scratch.right_lines);
     for (int64_t k = 0; k == 0 || k < inner; k += step) {
       const int64_t count = std::min(step, inner - k);
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
-      scratch.right_lines.clear();
-      add_lines(product.right, k, count, element, scratch.right_lines);
       for (int64_t half = 0; half < halves; ++half) {
-        kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data(), count, tile.col + half * product.pair,
-                     tile.cols, sums_at(half * pair_at), stride, k == 0);
+        Fetch after;
+        const auto read_next = [&](int64_t from, int64_t lines, int64_t first_col) {
+          after = {scratch.right_lines.data() + from, lines, first_col * element, tile.cols * element};
+        };
+        if (half + 1 < halves) {
+          read_next(k, count, tile.col + product.pair);
+        } else if (k + step < inner) {
+          read_next(k + step, std::min(step, inner - k - step), tile.col);
+        }
+        kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data() + k, count, tile.col + half * product.pair,
+                     tile.cols, sums_at(half * pair_at), stride, k == 0, after);
       }
     }
   }
@@ -306,10 +317,14 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const int64_t rows = rows_, cols = cols_;
   if (rows == 0 || cols == 0) return;
   // Lines that are swept from end to end are best long.
-  const int64_t largest_cols = choose_way(product, kernels) == Way::kAxpy ? kFewRowsStride : kTileCols;
-  const int64_t wanted = kTilesPerThread * torch::stable::get_num_threads();
+  const bool swept = choose_way(product, kernels) == Way::kAxpy;
+  const int64_t largest_cols = swept ? kFewRowsStride : kTileCols, threads = torch::stable::get_num_threads();
+  const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
   int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
-  const auto enough = [&] { return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= wanted; };
+  const auto enough = [&] {
+    const int64_t per_thread = swept && tile_cols / 2 < shortest_sweep ? 1 : kTilesPerThread;
+    return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= per_thread * threads;
+  };
   while (!enough() && tile_cols > kSmallestTile) {
     tile_cols /= 2;
     if (!enough() && tile_rows > kSmallestTile) tile_rows /= 2;
