@@ -54,6 +54,12 @@ class RoutingPlan(NamedTuple):
             return 1 if topk_weights is None else topk_weights.shape[-1]
         return num_slots // num_tokens
 
+    def topk_ids(self, num_tokens: int, topk_weights: Tensor | None = None) -> Tensor:
+        """[T, K] int32: the expert that holds each slot's row, -1 if the slot was dropped; K as in :meth:`topk_of`."""
+        expert = torch.searchsorted(self.expert_offsets[1:], self.slot_to_permuted, right=True, out_int32=True)
+        expert = torch.where(self.slot_to_permuted >= 0, expert, -1)
+        return expert.view(num_tokens, self.topk_of(num_tokens, topk_weights))
+
 
 class A2APlan(NamedTuple):
     """Which rows go to which rank. T tokens, K = topk, R ranks, L = min(K, R), S = T * L rows at most.

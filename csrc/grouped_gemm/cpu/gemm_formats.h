@@ -225,5 +225,37 @@ MOE_INLINE SumVec<Format> load_sums(const char* line, int64_t col, int64_t count
   }
 }
 
+#ifdef MOE_BF16_DOT
+// Elements of two registers one after the other, the second's behind the first's 32: a[0] b[0] a[1] b[1] ...
+struct PairOrder {
+  alignas(64) uint16_t elements[2][32] = {};
+  constexpr PairOrder() {
+    for (int i = 0; i < 64; ++i) elements[i / 32][i % 32] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+  }
+};
+#endif
+
+// The same of kPerUnit whole vectors side by side; no line is null.
+template <typename Format>
+MOE_INLINE void load_block_across(const char* const* lines, int64_t num_lines, int64_t step, int64_t first,
+                                  UnitVec<Format>* units) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
+  if constexpr (Format::kPerUnit == 1) {
+    units[0] = Format::load(lines[step] + first * kBytes);
+  } else {
+#ifdef MOE_BF16_DOT
+    alignas(64) static constexpr PairOrder kOrder = {};
+    const auto even = reinterpret_cast<__m512i>(Format::load(lines[2 * step] + first * kBytes));
+    const auto odd = 2 * step + 1 < num_lines
+                         ? reinterpret_cast<__m512i>(Format::load(lines[2 * step + 1] + first * kBytes))
+                         : _mm512_setzero_si512();
+    for (int half = 0; half < 2; ++half) {
+      const __m512i order = _mm512_load_si512(kOrder.elements[half]);
+      units[half] = reinterpret_cast<Words>(_mm512_permutex2var_epi16(even, order, odd));
+    }
+#endif
+  }
+}
+
 }  // namespace
 }  // namespace moe_ext::cpu::MOE_ISA

@@ -183,22 +183,47 @@ MOE_INLINE void axpy_vector(const typename Format::Unit* left, int64_t num_rows,
   }
 }
 
+// The same of kPerUnit whole vectors of columns: as many as lie side by side in a line's register.
+template <typename Format, int kSteps>
+MOE_INLINE void axpy_block(const typename Format::Unit* left, int64_t num_rows, const char* const* lines,
+                           int64_t num_lines, int64_t step, int64_t first_col, typename Format::Sum* sums,
+                           int64_t stride, bool first) {
+  using Sum = typename Format::Sum;
+  constexpr int kVectors = Format::kPerUnit;
+  UnitVec<Format> right[kSteps][kVectors];
+#pragma GCC unroll 8
+  for (int s = 0; s < kSteps; ++s) load_block_across<Format>(lines, num_lines, step + s, first_col, right[s]);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    Sum* to = sums + row * stride;
+    SumVec<Format> acc[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) acc[v] = first ? SumVec<Format>{} : Simd<Sum>::load(to + v * kLanes<Format>);
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+      const UnitVec<Format> factor = broadcast<typename Format::Unit>(left[row * kLeftStride + step + s]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) acc[v] = multiply_add<Format>(factor, right[s][v], acc[v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) Simd<Sum>::store(to + v * kLanes<Format>, acc[v]);
+  }
+}
+
+// `next` are where the lines begin that are fetched meanwhile, kSteps steps of them.
 template <typename Format, int kSteps>
 void axpy_lines(const typename Format::Unit* left, int64_t num_rows, const char* const* lines, int64_t num_lines,
                 int64_t step, int64_t first_col, int64_t num_cols, typename Format::Sum* sums, int64_t stride,
-                bool first) {
-  constexpr int kCount = kLanes<Format>;
+                bool first, const char* const* next) {
+  constexpr int kCount = kLanes<Format>, kBlock = kCount * Format::kPerUnit;
   constexpr int kLines = kSteps * Format::kPerUnit;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
-  const char* next[kLines];
-  for (int i = 0; i < kLines; ++i) {
-    const int64_t line = step * Format::kPerUnit + kLines + i;
-    next[i] = lines[line < num_lines ? line : num_lines - 1] + first_col * kBytes;
-  }
   int64_t col = 0;
-  for (; col + kCount <= num_cols; col += kCount) {
+  for (; col + kBlock <= num_cols; col += kBlock) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLines; ++i) __builtin_prefetch(next[i] + col * kBytes, 0, 2);
+    axpy_block<Format, kSteps>(left, num_rows, lines, num_lines, step, first_col + col, sums + col, stride, first);
+  }
+  for (; col + kCount <= num_cols; col += kCount) {
     axpy_vector<Format, kSteps, false>(left, num_rows, lines, num_lines, step, first_col + col, kCount, sums + col,
                                        stride, first);
   }
@@ -210,17 +235,31 @@ void axpy_lines(const typename Format::Unit* left, int64_t num_rows, const char*
 
 template <typename Format>
 void axpy(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,
-          int64_t num_cols, void* sums, int64_t sums_stride, bool first) {
+          int64_t num_cols, void* sums, int64_t sums_stride, bool first, const Fetch& after) {
+  constexpr int kLines = kAxpySteps * Format::kPerUnit;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
   auto* units = static_cast<const typename Format::Unit*>(left);
   auto* to = static_cast<typename Format::Sum*>(sums);
   const int64_t steps = (num_lines + Format::kPerUnit - 1) / Format::kPerUnit;
   int64_t step = 0;
+  const char* next[kLines];
+  // Lines past the last are the first of `after`.
+  const auto find_next = [&](int64_t line) {
+    for (int64_t i = 0; i < kLines; ++i, ++line) {
+      const bool here = line < num_lines || after.num_lines == 0;
+      const int64_t ahead = line - num_lines < after.num_lines ? line - num_lines : after.num_lines - 1;
+      next[i] = here ? lines[line < num_lines ? line : num_lines - 1] + first_col * kBytes
+                     : after.lines[ahead] + after.first_byte;
+    }
+  };
   for (; step + kAxpySteps <= steps; step += kAxpySteps, first = false) {
-    axpy_lines<Format, kAxpySteps>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride,
-                                   first);
+    find_next((step + kAxpySteps) * Format::kPerUnit);
+    axpy_lines<Format, kAxpySteps>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first,
+                                   next);
   }
   for (; step < steps; ++step, first = false) {
-    axpy_lines<Format, 1>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first);
+    find_next((step + 1) * Format::kPerUnit);
+    axpy_lines<Format, 1>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first, next);
   }
   for (int64_t row = 0; first && row < num_rows; ++row) {  // a product over nothing
     for (int64_t col = 0; col < num_cols; ++col) to[row * sums_stride + col] = 0;

@@ -65,9 +65,9 @@ struct GemmKernels {
   void (*dot)(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
               int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after);
   // sums [num_rows][sums_stride] (+)= packed left @ lines, for a few rows and lines across the inner dimension, none of
-  // them null.
+  // them null. `after` is what is read next.
   void (*axpy)(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,
-               int64_t num_cols, void* sums, int64_t sums_stride, bool first);
+               int64_t num_cols, void* sums, int64_t sums_stride, bool first, const Fetch& after);
   // sums [num_rows][sums_stride] = elements of the factors' type.
   void (*widen)(const char* from, int64_t from_stride_bytes, int64_t num_rows, int64_t num_cols, void* sums,
                 int64_t sums_stride);

@@ -35,7 +35,13 @@ void finish(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num
   for (int64_t row = 0; row < num_rows; ++row) {
     const Sum* from = static_cast<const Sum*>(sums) + row * sums_stride;
     char* to = output + row * output_stride_bytes;
-    for (int64_t col = 0; col < num_cols; col += kCount) {
+    int64_t col = 0;
+    for (; col + 2 * kCount <= num_cols; col += 2 * kCount) {
+      SumVec<Format> low = Simd<Sum>::load(from + col), high = Simd<Sum>::load(from + col + kCount);
+      if (bias) low += load_sums<Format>(bias, col, kCount), high += load_sums<Format>(bias, col + kCount, kCount);
+      write_row<Output>(to + col * kBytes, low, high, false);
+    }
+    for (; col < num_cols; col += kCount) {
       const int64_t count = num_cols - col < kCount ? num_cols - col : kCount;
       alignas(64) char padded[MOE_VECTOR_BYTES] = {};
       if (count < kCount) copy_bytes(padded, reinterpret_cast<const char*>(from + col), count * sizeof(Sum));

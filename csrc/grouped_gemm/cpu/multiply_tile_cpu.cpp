@@ -19,6 +19,9 @@ namespace {
 // Tiles are narrowed down to this while there are fewer than kTilesPerThread for each thread.
 constexpr int64_t kSmallestTile = 64;
 constexpr int64_t kTilesPerThread = 8;
+// Bytes of a line that is swept, or of a half with a pair. Shorter pieces are read at two thirds of the rate: what the
+// hardware fetches past their ends is lost. Only a thread without a tile is worth that.
+constexpr int64_t kShortestSweep = 2048;
 constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to row
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,10 +92,11 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes, num_panels = panels.count();
 
   scratch.left_lines.clear(), scratch.right_lines.clear();
-  if (left_inner) add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
+  add_lines(product.left, left_inner ? tile.row : 0, left_inner ? tile.rows : inner, element, scratch.left_lines);
   for (int64_t panel = 0; right_inner && panel < num_panels; ++panel) {
     add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
   }
+  if (!right_inner) add_lines(product.right, 0, inner, element, scratch.right_lines);
   // At least one block, so that a product over nothing still gives its zeros.
   for (int64_t k = 0; k == 0 || k < inner; k += step) {
     const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
@@ -100,13 +104,7 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
     if (left_inner) {
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
     } else {
-      scratch.left_lines.clear();
-      add_lines(product.left, k, count, element, scratch.left_lines);
-      kernels.pack_left_outer(scratch.left, scratch.left_lines.data(), count, tile.row, tile.rows);
-    }
-    if (!right_inner) {
-      scratch.right_lines.clear();
-      add_lines(product.right, k, count, element, scratch.right_lines);
+      kernels.pack_left_outer(scratch.left, scratch.left_lines.data() + k, count, tile.row, tile.rows);
     }
     int64_t line = 0;
     for (int64_t panel = 0; panel < num_panels; ++panel) {
@@ -115,16 +113,17 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
       const int64_t next_cols = panels.cols(more ? panel + 1 : 0);
       // While a panel is multiplied, the next one's weights are fetched; after the last, the first of the next block.
       Fetch wanted;
+      const char* const* lines = scratch.right_lines.data();
+      const int64_t next_count = std::min(step, inner - k - step);
       if (right_inner) {
-        const char* const* lines = scratch.right_lines.data();
         kernels.pack_right_inner(scratch.right, lines + line, cols, k, count);
         line += cols;
         if (more) wanted = {lines + line, next_cols, k * element, count * element};
-        if (!more && !last)
-          wanted = {lines, next_cols, (k + step) * element, std::min(step, inner - k - step) * element};
+        if (!more && !last) wanted = {lines, next_cols, (k + step) * element, next_count * element};
       } else {
-        kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, panels.source(panel), cols);
-        if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
+        kernels.pack_right_outer(scratch.right, lines + k, count, panels.source(panel), cols);
+        if (more) wanted = {lines + k, count, panels.source(panel + 1) * element, next_cols * element};
+        if (!more && !last) wanted = {lines + k + step, next_count, panels.source(0) * element, next_cols * element};
       }
       if (last && output && cols == kernels.panel_cols) {
         const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
@@ -219,14 +218,22 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
     }
   } else {
     const int64_t step = kDepth * kernels.elements_per_unit;
+    add_lines(product.right, 0, inner, element, scratch.right_lines);
     for (int64_t k = 0; k == 0 || k < inner; k += step) {
       const int64_t count = std::min(step, inner - k);
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
-      scratch.right_lines.clear();
-      add_lines(product.right, k, count, element, scratch.right_lines);
       for (int64_t half = 0; half < halves; ++half) {
-        kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data(), count, tile.col + half * product.pair,
-                     tile.cols, sums_at(half * pair_at), stride, k == 0);
+        Fetch after;
+        const auto read_next = [&](int64_t from, int64_t lines, int64_t first_col) {
+          after = {scratch.right_lines.data() + from, lines, first_col * element, tile.cols * element};
+        };
+        if (half + 1 < halves) {
+          read_next(k, count, tile.col + product.pair);
+        } else if (k + step < inner) {
+          read_next(k + step, std::min(step, inner - k - step), tile.col);
+        }
+        kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data() + k, count, tile.col + half * product.pair,
+                     tile.cols, sums_at(half * pair_at), stride, k == 0, after);
       }
     }
   }
@@ -310,10 +317,14 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const int64_t rows = rows_, cols = cols_;
   if (rows == 0 || cols == 0) return;
   // Lines that are swept from end to end are best long.
-  const int64_t largest_cols = choose_way(product, kernels) == Way::kAxpy ? kFewRowsStride : kTileCols;
-  const int64_t wanted = kTilesPerThread * torch::stable::get_num_threads();
+  const bool swept = choose_way(product, kernels) == Way::kAxpy;
+  const int64_t largest_cols = swept ? kFewRowsStride : kTileCols, threads = torch::stable::get_num_threads();
+  const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
   int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
-  const auto enough = [&] { return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= wanted; };
+  const auto enough = [&] {
+    const int64_t per_thread = swept && tile_cols / 2 < shortest_sweep ? 1 : kTilesPerThread;
+    return divide_up(rows, tile_rows) * divide_up(cols, tile_cols) * num_products >= per_thread * threads;
+  };
   while (!enough() && tile_cols > kSmallestTile) {
     tile_cols /= 2;
     if (!enough() && tile_rows > kSmallestTile) tile_rows /= 2;

@@ -54,7 +54,19 @@ class Experts(BackendModule):
         self.down_weight = nn.Parameter(torch.empty(self._shape(hidden_size, intermediate_size)))
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, up_columns)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size)) if bias else None
+        self.register_buffer("trainable_experts", None, persistent=False)
         self.reset_parameters()
+
+    def freeze_experts(self, ids: Sequence[int]) -> None:
+        """From now on experts ``ids`` get gradient zero, for which no product is spent; () trains all again.
+
+        Zero is still a gradient: an optimizer with weight decay or momentum moves them. Experts that must stay bitwise
+        as they are belong into a group of their own (:class:`ExpertGroups`) without ``requires_grad``.
+        """
+        if wrong := [e for e in ids if not 0 <= e < self.num_experts]:
+            raise ValueError(f"ids: expected ids of {self.num_experts} experts, got {wrong[0]}")
+        trained = torch.tensor([e not in ids for e in range(self.num_experts)], device=self.down_weight.device)
+        self.trainable_experts = trained if ids else None
 
     def _shape(self, outputs: int, inputs: int) -> tuple[int, int, int]:
         return (
@@ -85,6 +97,7 @@ class Experts(BackendModule):
             gate_up_layout=self.gate_up_layout,
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
+            trainable_experts=self.trainable_experts,
         )
         return output
 
@@ -157,9 +170,7 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, hidden: Tensor, plan: RoutingPlan, topk_weights: Tensor) -> Tensor:
         """hidden [num_tokens, hidden_size] -> the same shape; of the plan only which slots it holds is used."""
-        slot_to_permuted = plan.slot_to_permuted.view(topk_weights.shape)
-        expert = torch.searchsorted(plan.expert_offsets[1:], slot_to_permuted, right=True)
-        expert = torch.where(slot_to_permuted >= 0, expert, self.num_experts)
+        expert = plan.topk_ids(hidden.shape[0], topk_weights)
         copies = (expert >= self.num_constant) & (expert < self.num_constant + self.num_copy)
         scale = torch.where(copies, topk_weights, 0.0).sum(-1)
         # [num_tokens, num_constant]: the weight of each constant expert.
