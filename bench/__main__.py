@@ -287,12 +287,12 @@ def run_shapes(options: argparse.Namespace) -> Path:
     with Progress(*PROGRESS, transient=True) as progress:
         measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
         found = measure(measured, timer, about, options.peers, progress, save)
-    save(found)
     table = Table(
         "tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s", title="Expert layers alone"
     )
     for cells in model_layers.summary(layers, found.rows):
         table.add_row(*cells)
+    save(found)  # the summary adds to the rows
     report.print_tables(found.rows)
     Console().print(table)
     print(f"{len(found.rows)} rows in {path}")
