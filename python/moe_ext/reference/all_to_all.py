@@ -30,8 +30,14 @@ def a2a_plan(topk_ids: Tensor, rank_expert_offsets: Tensor) -> A2APlan:
     counts = goes.sum(0).int()
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0).int()])
     device = topk_ids.device
-    found = (part.to(device) for part in (counts, offsets, send_to_slot, slot_to_send))
-    return A2APlan(*found, rank_expert_offsets, slots)
+    return A2APlan(
+        counts.to(device),
+        offsets.to(device),
+        send_to_slot.to(device),
+        slot_to_send.to(device),
+        rank_expert_offsets,
+        slots,
+    )
 
 
 def a2a_pack(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, plan: A2APlan) -> tuple[Tensor, Tensor, Tensor]:
