@@ -6,7 +6,8 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from . import (
     bench_plan,
     compare,
     dispatch_bytes,
+    headline,
     html_report,
     language_model,
     machine,
@@ -86,6 +88,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     report_parser.add_argument("files", type=Path, nargs="+", metavar="JSON")
     report_parser.add_argument("--html", type=Path, metavar="PAGE", help="write a page that needs nothing else there, "
                                "instead of printing Markdown")  # fmt: skip
+    headline_parser = commands.add_parser("headline", help="the few figures of a README from result files, as Markdown")
+    headline_parser.add_argument("files", type=Path, nargs="+", metavar="JSON")
+    headline_parser.add_argument("--page", type=Path, help="write them between the marks of this page instead")
     compare_parser = commands.add_parser("compare", help="two result files; exit status 1 if something became slower")
     compare_parser.add_argument("old", type=Path)
     compare_parser.add_argument("new", type=Path)
@@ -182,26 +187,52 @@ def is_wanted(case: Case, context: Context, options: argparse.Namespace) -> bool
     return case.table in context.tables and (not options.ops or case.op in options.ops)
 
 
+@dataclass
+class Measured:
+    """What is known so far: a row for each case, a line for each that raised."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def exit_if_wrong(self) -> None:
+        if self.errors:
+            raise SystemExit(f"{len(self.errors)} cases could not be measured:\n" + "\n".join(self.errors))
+
+
 def measure(
-    measured: Iterable[Case], timer: Timer, about: dict[str, Any], peers: list[str] | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """One row for each case, made as it is reached: inputs of all would not fit memory."""
-    rows = []
+    measured: Iterable[Case],
+    timer: Timer,
+    about: dict[str, Any],
+    peers: list[str] | None,
+    progress: Progress,
+    save: Callable[[Measured], None],
+) -> Measured:
+    """Each case is made as it is reached: inputs of all would not fit memory. ``save`` is called after each, so that a
+    run that is ended early leaves what it measured."""
+    found = Measured()
     task = progress.add_task("measuring", total=None)
     gc.freeze()  # imports alone are half a million objects, which each collection below would visit
     for case in measured:
         if peers is not None:
             words = [word.lower() for word in peers]
             case.peers = {name: run for name, run in case.peers.items() if any(word in name.lower() for word in words)}
-        progress.update(task, description=f"{case.op} {case.name} {case.direction}", advance=1)
+        label = f"{case.op} {case.name} {case.direction}"
+        progress.update(task, description=label, advance=1)
         torch.set_num_threads(case.threads or about["threads"])
-        differences = case.check_peers()
-        timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+        try:
+            differences = case.check_peers()
+            timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+            found.rows.append(report.make_row(case, timings, differences, about))
+        except Exception as error:  # one case, maybe one peer of it: the others are worth their time
+            found.errors.append(f"{label}: {type(error).__name__}: {str(error)[:500]}")
+            print(found.errors[-1], file=sys.stderr, flush=True)
         torch.set_num_threads(about["threads"])
-        rows.append(report.make_row(case, timings, differences, about))
+        save(found)
+        if found.errors and timer.device_is_lost():
+            break
         del case
         gc.collect()
-    return rows
+    return found
 
 
 def run(options: argparse.Namespace) -> Path:
@@ -211,19 +242,24 @@ def run(options: argparse.Namespace) -> Path:
     start, about = time.perf_counter(), machine.describe(context.device)
     training = train_router(context) if "A" in context.tables and not (options.ops or options.shapes) else None
     timer = Timer(context.device, options.rounds, options.seconds or SECONDS_PER_CASE[context.profile])
+    path = options.out / file_name(options, context, about)
+
+    def save(found: Measured) -> None:
+        extra = {"command": COMMAND, "profile": options.profile or context.profile, "errors": found.errors,
+                 "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
+        report.write_json(path, about, found.rows, extra)
+
     with Progress(*PROGRESS, transient=True) as progress:
         wanted = filter(lambda case: is_wanted(case, context, options), cases(context))
-        rows = measure(wanted, timer, about, options.peers, progress)
+        found = measure(wanted, timer, about, options.peers, progress, save)
         if "memory" in context.tables:
             progress.add_task("peak memory", total=None)
             context.weights.clear()
-            rows += memory.rows(context)
-    path = options.out / file_name(options, context, about)
-    extra = {"command": COMMAND, "profile": options.profile or context.profile,
-             "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
-    report.write_json(path, about, rows, extra)
-    report.print_tables(rows)
-    print(f"{len(rows)} rows in {path}")
+            found.rows += memory.rows(context)
+    save(found)
+    report.print_tables(found.rows)
+    print(f"{len(found.rows)} rows in {path}")
+    found.exit_if_wrong()
     return path
 
 
@@ -242,19 +278,25 @@ def run_shapes(options: argparse.Namespace) -> Path:
     model_layers.check_memory(shape, context.dtypes[0], device, backward=options.backward)
     start, about = time.perf_counter(), machine.describe(device)
     timer = Timer(device, options.rounds, options.seconds or SECONDS_PER_CASE[profile])
+    path = options.out / f"{shape.name}-{device}.json"
+
+    def save(found: Measured) -> None:
+        extra = {"command": COMMAND, "errors": found.errors, "seconds": time.perf_counter() - start}
+        report.write_json(path, about, found.rows, extra)
+
     with Progress(*PROGRESS, transient=True) as progress:
         measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
-        rows = measure(measured, timer, about, options.peers, progress)
+        found = measure(measured, timer, about, options.peers, progress, save)
     table = Table(
         "tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s", title="Expert layers alone"
     )
-    for cells in model_layers.summary(layers, rows):
+    for cells in model_layers.summary(layers, found.rows):
         table.add_row(*cells)
-    path = options.out / f"{shape.name}-{device}.json"
-    report.write_json(path, about, rows, {"command": COMMAND, "seconds": time.perf_counter() - start})
-    report.print_tables(rows)
+    save(found)  # the summary adds to the rows
+    report.print_tables(found.rows)
     Console().print(table)
-    print(f"{len(rows)} rows in {path}")
+    print(f"{len(found.rows)} rows in {path}")
+    found.exit_if_wrong()
     return path
 
 
@@ -280,6 +322,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{len(options.files)} result files in {options.html}")
     elif options.subcommand == "report":
         print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.files))
+    elif options.subcommand == "headline":
+        text = headline.headline(options.files)
+        headline.write_into(options.page, text) if options.page else print(text, end="")
     elif options.subcommand == "compare":
         sys.exit(compare.main(options.old, options.new, options.threshold / 100, options.alpha, options.all))
     elif options.subcommand == "dispatch-bytes":

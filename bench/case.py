@@ -43,12 +43,20 @@ class Case:
     threads: int | None = None  # None: all of them
 
     def check_peers(self) -> dict[str, float]:
-        """Relative difference of each peer's result from ours; raises if one computes something else."""
-        expected = _tensors(self.ours())
+        """Relative difference of each peer's result from ours; raises if one computes something else.
+
+        A peer that raises (another version of its library, no memory) is none: ``skipped_peers`` says why.
+        """
+        expected = [_compared(x) for x in _tensors(self.ours())]
         allowed = self.tolerance if self.tolerance is not None else TOLERANCE[self.dtype]
         differences = {}
-        for name, peer in self.peers.items():
-            found = _tensors(peer())
+        for name, peer in list(self.peers.items()):
+            try:
+                found = [_compared(x) for x in _tensors(peer())]
+            except Exception as error:
+                del self.peers[name]
+                self.skipped_peers[name] = f"raised {first_line(error)}"
+                continue
             if len(found) != len(expected):
                 raise AssertionError(
                     f"{self.op} {self.name}: {name} returns {len(found)} tensors, ours {len(expected)}"
@@ -81,7 +89,12 @@ class Context:
 
     def rows(self, *sizes: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(*sizes, generator=generator, device=self.device).mul_(scale).to(dtype)
+        if len(sizes) < 3:
+            return torch.randn(*sizes, generator=generator, device=self.device).mul_(scale).to(dtype)
+        rows = torch.empty(*sizes, dtype=dtype, device=self.device)
+        for part in rows:  # weights in float32 beside those in bfloat16 would not fit a GPU
+            part.copy_(torch.randn(*sizes[1:], generator=generator, device=self.device).mul_(scale))
+        return rows
 
     def expert_weights(self, shape: LayerShape, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """gate_up [E, 2I, H] and down [E, H, I], for gpt-oss [E, H, 2I] and [E, I, H] with a bias of each; kept until
@@ -129,6 +142,15 @@ def _tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
     return [x for item in result for x in _tensors(item)]
+
+
+def _compared(result: Tensor) -> Tensor:
+    """What is kept of a result for the comparison: of gradients of many gigabytes every 16th expert."""
+    return result[::16].clone() if result.dim() == 3 and result.numel() > 2**30 else result
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

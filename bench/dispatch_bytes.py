@@ -16,6 +16,7 @@ from .routing import make_topk_ids
 from .shapes import DEEPSEEK_V3, QWEN3_30B, LayerShape
 
 RANKS = (8, 16, 32, 64)
+RANKS_PER_NODE = 8
 MODELS = (DEEPSEEK_V3, QWEN3_30B)
 
 
@@ -81,8 +82,56 @@ def row(shape: LayerShape, num_ranks: int, way: Way, link: Link) -> list[str]:
     ]  # fmt: skip
 
 
+class Crossing(NamedTuple):
+    """Rows that leave the node, for each token of a rank in the first one."""
+
+    expected: float
+    counted: float
+    kib: float
+    """Out."""
+
+
+def crossings(shape: LayerShape, num_ranks: int, link: Link) -> dict[str, Crossing]:
+    """By what is deduplicated: nothing, per rank, per node. Uniform routing, counted on the plans."""
+    ids = make_topk_ids(link.num_tokens, shape.num_experts, shape.topk, "uniform", seed=0)
+    owners = moe_ext.even_rank_expert_offsets(shape.num_experts, num_ranks)
+    num_nodes, elsewhere = num_ranks // RANKS_PER_NODE, 1 - RANKS_PER_NODE / num_ranks
+    per_rank, per_node = (expected_ranks(shape.num_experts, places, shape.topk) for places in (num_ranks, num_nodes))
+    plans = {
+        "slot": (moe_ext.a2a_plan(ids.view(-1, 1), owners), RANKS_PER_NODE, float(shape.topk)),
+        "dedup": (moe_ext.a2a_plan(ids, owners), RANKS_PER_NODE, per_rank),
+        "node": (moe_ext.a2a_plan(ids, owners[::RANKS_PER_NODE].contiguous()), 1, per_node),
+    }
+    rows = {}
+    for form, (plan, own, expected) in plans.items():
+        counted = plan.send_counts[own:].sum().item() / link.num_tokens
+        row_bytes = bytes_out(shape, Way(form, form != "slot", "native"), link)
+        rows[form] = Crossing(expected * elsewhere, counted, counted * row_bytes / 1024)
+    return rows
+
+
+def crossing_lines(link: Link) -> list[str]:
+    """The second table: what crosses from node to node."""
+    forms = ("slot", "dedup", "node")
+    columns = ["model", "ranks", *(f"{what}, {form}" for form in forms for what in ("rows per token", "KiB per token"))]
+    lines = [
+        "",
+        f"What leaves a node of {RANKS_PER_NODE} ranks, by the form of dispatch: `node` sends a token once to each "
+        "other node, `D(N) (N - 1) / N` rows for N nodes, and fans it out there. Rows are expected / counted.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for shape in MODELS:
+        for num_ranks in RANKS[1:]:
+            found = crossings(shape, num_ranks, link)
+            cells = [f"{c.expected:.2f} / {c.counted:.2f} | {c.kib:.1f}" for c in (found[form] for form in forms)]
+            lines.append(f"| {shape.name} | {num_ranks} | {' | '.join(cells)} |")
+    return lines
+
+
 def markdown(link: Link) -> str:
-    """The table for both models at 8 to 64 ranks."""
+    """Both tables, for both models at 8 to 64 ranks."""
     columns = [
         "model", "ranks", "rows travel", "rows per token, expected", "counted", "KiB per token out",
         "KiB per token back", "simulated ms",
@@ -99,4 +148,4 @@ def markdown(link: Link) -> str:
     for shape in MODELS:
         for num_ranks in RANKS:
             lines += [f"| {' | '.join(row(shape, num_ranks, way, link))} |" for way in WAYS]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + crossing_lines(link)) + "\n"

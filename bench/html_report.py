@@ -52,7 +52,11 @@ def section(name: str, result: dict[str, Any]) -> str:
     for dtype in dtypes:
         lines.append(_figure(f"Roofline, {dtype}", plots.roofline(timed, machine, dtype)))
     for title, _, mine in report.split([row for row in timed if row["table"] != "scaling"]):
-        lines.append(_figure(f"{title}: speedup", plots.speedup_bars(mine)))
+        lines.append(_figure(f"{title}: speedup", plots.ratio_bars(mine)))
+    memory = [row for row in rows if row["table"] == "memory"]
+    lines.append(
+        _figure("Peak memory: the best peer over ours", plots.ratio_bars(memory, "best_peer_over_ours", "peak"))
+    )
     for axis, word in (("T", "tokens"), ("E", "experts"), ("threads", "threads")):
         for dtype in dtypes:
             for direction in ("forward", "forward+backward"):

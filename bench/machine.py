@@ -29,8 +29,15 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout the benchmark runs from, with + where it has changes; None from a wheel."""
-    here = Path(__file__).resolve().parent
-    run = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=here, capture_output=True, text=True)
+    return _output_of("git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+")
+
+
+def _output_of(*command: str) -> str | None:
+    """What a program prints; None where it fails or is not installed."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
     return run.stdout.strip() if run.returncode == 0 else None
 
 
@@ -52,6 +59,8 @@ def describe(device: str) -> dict[str, Any]:
         info["gpu_memory_bytes"] = properties.total_memory
         info["multiprocessors"] = properties.multi_processor_count
         info["cuda"] = torch.version.cuda
+        fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        info["gpu_state"] = _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     info["copy_bytes_per_second"] = copy_bandwidth(device)
     info["read_bytes_per_second"] = read_bandwidth(device)
     return info

@@ -24,19 +24,19 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "forward": "f
 
 def row_label(row: Row) -> str:
     """What was timed, in one line."""
-    parts = [] if row["table"] in ("A", "D", "scaling", "model") else [row["op"]]
+    parts = [] if row["table"] in ("A", "D", "scaling", "memory", "model") else [row["op"]]
     parts += [row["shape"], SHORT.get(row["dtype"], row["dtype"])]
     if not (parts[0] == row["op"] and row["op"].endswith("_backward")):
         parts.append(SHORT.get(row["direction"], row["direction"]))
     return " · ".join([*parts, *([row["routing"]] if row["routing"] in UNEVEN else [])])
 
 
-def speedup_bars(rows: list[Row]) -> str:
-    """One bar for each row with a peer: how many times the time of the best peer is ours."""
-    rows = [row for row in rows if row.get("speedup_over_best_peer")]
+def ratio_bars(rows: list[Row], ratio: str = "speedup_over_best_peer", of: str = "time") -> str:
+    """One bar for each row with a peer: how many times ours the best peer's time (or what ``of`` names) is."""
+    rows = [row for row in rows if row.get(ratio)]
     if not rows:
         return ""
-    values = [row["speedup_over_best_peer"] for row in rows]
+    values = [row[ratio] for row in rows]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -56,10 +56,10 @@ def speedup_bars(rows: list[Row]) -> str:
         axes.set_yticks([])
         powers = [2.0**p for p in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
         _ticks(axes.xaxis, [p for p in powers if low / 1.1 <= p <= high * 1.35], lambda value: f"{value:g}x")
-        axes.set_xlabel("time of the best peer / time of moe_ext")
+        axes.set_xlabel(f"{of} of the best peer / {of} of moe_ext")
         axes.spines[["top", "right", "left"]].set_visible(False)
 
-    return _svg(draw, height=0.7 + 0.44 * len(rows), label="speedup over the best peer")
+    return _svg(draw, height=0.7 + 0.44 * len(rows), label=f"{of} of the best peer over ours")
 
 
 def roofline(rows: list[Row], machine: dict[str, Any], dtype: str) -> str:
@@ -126,17 +126,24 @@ def scaling_lines(rows: list[Row], axis: str, dtype: str, direction: str) -> str
         if axis in size:
             rest = tuple(sorted((k, v) for k, v in size.items() if k != axis))
             others.setdefault(rest, []).append((int(size[axis]), row))
-    fixed, series = max(others.items(), key=lambda item: len(item[1]), default=((), []))
+    # The longest series; of equally long ones that of the most tokens.
+    fixed, series = max(
+        others.items(), key=lambda item: (len(item[1]), int(dict(item[0]).get("T", 0))), default=((), [])
+    )
     if len(series) < 2:
         return ""
     series.sort(key=lambda point: point[0])
-    names = ["moe_ext", *dict.fromkeys(name for _, row in series for name in row["peer_seconds"])]
+    # A peer keeps its colour in every drawing of the file.
+    peers = sorted({name for row in rows if row["table"] == "scaling" for name in row["peer_seconds"]})
+    names = ["moe_ext", *peers]
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         for index, name in enumerate(names):
             times = [(x, row["seconds"] if name == "moe_ext" else row["peer_seconds"].get(name)) for x, row in series]
             known = [(x, seconds) for x, seconds in times if seconds]
+            if not known:
+                continue
             ours = index == 0
             axes.plot(*zip(*known, strict=True), label=name, markersize=4.5, linewidth=2 if ours else 1.2,
                       color=OURS if ours else PEER_COLOURS[(index - 1) % 7],

@@ -154,7 +154,9 @@ def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], 
     text = json.dumps(result, indent=1)
     # Lists of numbers on one line each: samples would be most of the lines of the file.
     text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
-    path.write_text(text + "\n")
+    written = path.with_suffix(".part")  # whole or not at all: the run may be killed
+    written.write_text(text + "\n")
+    written.replace(path)
 
 
 def tile_summary(rows: list[dict[str, Any]]) -> str:

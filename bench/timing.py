@@ -1,4 +1,9 @@
-"""Medians of interleaved rounds: every contender once per round, so that a slow moment of the machine hits all."""
+"""Medians of interleaved rounds: every contender once per round, so that a slow moment of the machine hits all.
+
+On a GPU the time is that between two events. Before it the L2 cache is filled by reading, which leaves no lines behind
+that the timed kernels would have to write back; then the device spins until the host has queued the whole call, so that
+launches are not waited for, in eager calls as in graphs.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ import torch
 FLUSH_BYTES = 256 * 1024 * 1024  # more than any L2, so that a run starts from device memory
 MIN_ROUND_SECONDS = 2e-3  # shorter bodies are repeated inside a round on the CPU
 LONG_SECONDS = 0.1
+SPIN_CYCLES_PER_SECOND = 2e9  # at least the clock of any GPU: on a slower one the spin only lasts longer
+MAX_SPIN_SECONDS = 2e-3
 
 
 class Timing(NamedTuple):
@@ -34,7 +41,7 @@ class Timer:
 
     def __init__(self, device: str, rounds: int, seconds: float) -> None:
         self.device, self.rounds, self.seconds = device, rounds, seconds
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
+        self.flush = torch.zeros(FLUSH_BYTES // 4, device="cuda") if device == "cuda" else None
 
     def compare(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
         start = time.perf_counter()
@@ -49,18 +56,38 @@ class Timer:
                 seconds[name].append(self._once(run, repeats[name]))
         return {name: Timing(statistics.median(s), min(s), len(s), tuple(s)) for name, s in seconds.items()}
 
+    def device_is_lost(self) -> bool:
+        """Whether an earlier kernel left an error that every later one would report."""
+        try:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception:  # what torch raises for it differs between versions
+            return True
+        return False
+
     def _warm_up(self, run: Callable[[], Any]) -> tuple[int, float | None]:
-        """How often to repeat ``run`` in a round, and the seconds of this call where they can count as a round."""
+        """How often to repeat ``run`` in a round (on a GPU: the cycles to spin before it), and the seconds of this call
+        where they can count as a round."""
         if self.device == "cuda":
-            for _ in range(3):
-                run()
-            torch.cuda.synchronize()
-            return 1, None
+            return self._warm_up_device(run), None
         start = time.perf_counter()
         run()
         taken = time.perf_counter() - start
         count = max(1, min(1000, int(MIN_ROUND_SECONDS / max(taken, 1e-7))))
         return count, taken if taken > LONG_SECONDS else None
+
+    @staticmethod
+    def _warm_up_device(run: Callable[[], Any]) -> int:
+        """The cycles that the device must spin for, to be still busy when the host has queued ``run``."""
+        torch.cuda.synchronize()
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            queued = time.perf_counter() - start
+            torch.cuda.synchronize()
+            if time.perf_counter() - start > LONG_SECONDS:
+                break
+        return int(1.5 * min(queued, MAX_SPIN_SECONDS) * SPIN_CYCLES_PER_SECOND)
 
     def _once(self, run: Callable[[], Any], repeats: int) -> float:
         if self.flush is None:
@@ -68,8 +95,9 @@ class Timer:
             for _ in range(repeats):
                 run()
             return (time.perf_counter() - start) / repeats
-        self.flush.zero_()
+        self.flush.sum()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(repeats)
         begin.record()
         run()
         end.record()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,7 +104,10 @@ def train(
     if folder is not None:
         parameters, moments = get_state_dict(model, optimizer)
         state = {"model": parameters, "optimizer": moments, "next_step": torch.tensor(first_step + steps)}
-        checkpoint.save(state, checkpoint_id=folder, process_group=mesh.get_group())
+        with warnings.catch_warnings():
+            # On resuming, the checkpoint that was read is the one to replace.
+            warnings.filterwarnings("ignore", "Detected an existing checkpoint")
+            checkpoint.save(state, checkpoint_id=folder, process_group=mesh.get_group())
     return Progress(torch.stack(losses).tolist() if losses else [], first_step + steps)
 
 

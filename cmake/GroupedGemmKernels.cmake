@@ -1,8 +1,10 @@
 # Writes one .cu file per group of tensor-core kernels. Files are apart because CUTLASS's take most of a minute each.
 #   sm80_sources, sm90_cutlass_sources: one per name of csrc/grouped_gemm/tensor_core_kernels.h
+#   sm80_stand_ins: likewise, what tests/emulation runs in their place
 #   sm90_product_sources: one per dtype and tile of csrc/grouped_gemm/sm90/products.h
 set(generated "${CMAKE_BINARY_DIR}/grouped_gemm")
 set(sm80_sources "")
+set(sm80_stand_ins "")
 set(sm90_cutlass_sources "")
 set(sm90_product_sources "")
 
@@ -12,6 +14,11 @@ function(moe_ext_cutlass_kernel kernel element layout_a layout_b element_d)
   list(APPEND sm80_sources "${generated}/sm80/${kernel}.cu")
   configure_file(csrc/grouped_gemm/sm90/cutlass_instantiation.cu.in "${generated}/sm90_cutlass/${kernel}.cu" @ONLY)
   list(APPEND sm90_cutlass_sources "${generated}/sm90_cutlass/${kernel}.cu")
+  if(MOE_EXT_EMULATION)
+    configure_file(tests/emulation/sm80_instantiation.cpp.in "${generated}/stand_in/${kernel}.cpp" @ONLY)
+  endif()
+  list(APPEND sm80_stand_ins "${generated}/stand_in/${kernel}.cpp")
+  set(sm80_stand_ins "${sm80_stand_ins}" PARENT_SCOPE)
   set(sm80_sources "${sm80_sources}" PARENT_SCOPE)
   set(sm90_cutlass_sources "${sm90_cutlass_sources}" PARENT_SCOPE)
 endfunction()

@@ -94,7 +94,8 @@ STABLE_TORCH_LIBRARY(moe_ext, m) {
       "-> (Tensor output, Tensor projection)");
   m.def(
       "low_rank_experts_backward(Tensor grad_output, Tensor input, Tensor lora_a, Tensor lora_b, "
-      "Tensor topk_ids, Tensor topk_weights, Tensor projection, Tensor expert_offsets, Tensor permuted_to_slot) "
+      "Tensor topk_ids, Tensor topk_weights, Tensor projection, Tensor expert_offsets, Tensor permuted_to_slot, "
+      "bool[] output_mask) "
       "-> (Tensor grad_input, Tensor grad_lora_a, Tensor grad_lora_b, Tensor grad_topk_weights)");
 
   // ---- all_to_all: what stands around torch.distributed.all_to_all_single; R ranks, L = min(K, R)

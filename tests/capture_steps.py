@@ -16,6 +16,7 @@ import moe_ext
 from cases import make_rows
 from moe_ext import reference
 from moe_ext.nn import MoELayer
+from moe_ext.packed_row import Payload
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOPK, NUM_RANKS = 64, 48, 12, 4, 3
 # A plan of one launch, and one of two (more than 8192 slots).
@@ -30,6 +31,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "biased": {"experts": {"bias": True, "activation": "swiglu_clamped", "gate_up_layout": "interleaved"}},
 }  # fmt: skip
+
+PAYLOADS: tuple[Payload, Payload] = ("native", "fp8")
 
 Step = Callable[[list[Tensor]], list[Tensor]]
 
@@ -99,9 +102,17 @@ def make_ops_step(dtype: torch.dtype, device: str) -> Step:
         send_hidden, send_ids, send_weights = moe_ext.a2a_pack(hidden, ids, weights, sent)
         local = moe_ext.a2a_unpack(send_hidden, send_ids, NUM_EXPERTS // NUM_RANKS)
         combined = moe_ext.a2a_combine(send_hidden, sent)
+        slots = ids.reshape(-1, 1)
+        packed = [moe_ext.a2a_pack_rows(hidden, ids, weights, sent, payload=payload) for payload in PAYLOADS]
+        packed.append(moe_ext.a2a_pack_rows(hidden, slots, None, moe_ext.a2a_plan(slots, ranks), copies=TOPK))
+        received = [
+            *moe_ext.a2a_unpack_rows(packed[0], HIDDEN_SIZE, TOPK, dtype, payload=PAYLOADS[0]),
+            *moe_ext.a2a_unpack_rows(packed[1], HIDDEN_SIZE, TOPK, dtype, payload=PAYLOADS[1]),
+            *moe_ext.a2a_unpack_rows(packed[2], HIDDEN_SIZE, 1, dtype, weighted=False),
+        ]
         results = [weights, ids, balance, z, load, *plan, *capped, rows, pre, middle, back, fused, dense, chosen,
                    send_hidden, send_ids, send_weights, local[0], combined, rare_weights, rare_ids, next_logit,
-                   per_sequence]  # fmt: skip
+                   per_sequence, *packed, *received]  # fmt: skip
         total = balance + z + (dense * dense).sum() + send_weights.square().sum()
         total = total + rare_weights.square().sum() + next_logit.sum() + per_sequence
         for output in (back, fused, combined):

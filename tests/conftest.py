@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from expert_parallel_cases import make_two_levels
 from rank_pool import RankPool
 
 
@@ -29,6 +30,7 @@ def poisoned_outputs() -> Iterator[None]:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four ranks over gloo, started once."""
     pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    pool.run(4, make_two_levels, [(n, m) for n in (2, 3, 4) for m in range(1, n + 1) if n % m == 0])
     yield pool
     pool.close()
 

@@ -6,7 +6,6 @@ Not in the test file: the processes of tests/rank_pool.py import it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import moe_ext
-from cases import make_rows, make_topk_ids, make_topk_weights
+from cases import make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from moe_ext import reference
 from moe_ext.distributed import (
     DispatchOptions,
@@ -40,6 +39,7 @@ class WorldCase:
     rows_per_rank: int | None = None
     overflow: str = "raise"
     degree: int = 1
+    backward_degree: int | None = None
     routing: str = "uniform"
     physical_to_logical: tuple[int, ...] | None = None
     ranks_per_node: int | None = None
@@ -48,6 +48,8 @@ class WorldCase:
     seed: int = 0
     debug: bool = False
     hidden_size: int = HIDDEN
+    rows_per_node: int | None = None
+    strided: bool = False  # hidden, ids and weights lie behind strides
     elementwise: bool = False  # experts that scale each column, the same bits however many rows there are
 
     @property
@@ -59,7 +61,9 @@ class WorldCase:
         return ExpertMap(self.physical_to_logical or range(sum(self.experts_per_rank)), self.experts_per_rank)
 
     def options(self) -> DispatchOptions:
-        return DispatchOptions(self.form, self.rows_per_rank, self.overflow, self.payload, self.debug)
+        return DispatchOptions(
+            self.form, self.rows_per_rank, self.overflow, self.payload, self.debug, self.rows_per_node
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Of the whole world: hidden, ids, weights, gradient, and the logical experts."""
@@ -84,11 +88,23 @@ class Share:
     dropped_rows: int = 0
 
 
-two_levels = cache(HierarchicalExchange.over_world)  # groups are made once in each process
+_two_levels: dict[tuple[int, int], HierarchicalExchange] = {}
+
+
+def make_two_levels(_: Any, sizes: list[tuple[int, int]]) -> None:
+    """Once in each process, called in all: the exchanges over the first ranks, of (num_ranks, ranks_per_node)."""
+    for num_ranks, ranks_per_node in sizes:
+        exchange = HierarchicalExchange.over(ranks_per_node, [range(num_ranks)])
+        if exchange is not None:
+            _two_levels[num_ranks, ranks_per_node] = exchange
+
+
+def two_levels(num_ranks: int, ranks_per_node: int) -> HierarchicalExchange:
+    return _two_levels[num_ranks, ranks_per_node]
 
 
 def make_exchange(group: Any, case: WorldCase) -> Exchange:
-    return FlatExchange(group) if case.ranks_per_node is None else two_levels(case.ranks_per_node)
+    return FlatExchange(group) if case.ranks_per_node is None else two_levels(case.num_ranks, case.ranks_per_node)
 
 
 def scale_columns(received: Received, scales: Tensor) -> Tensor:
@@ -104,7 +120,8 @@ def run_share(exchange: Exchange, case: WorldCase) -> Share:
     rank, whole, experts = exchange.rank, case.tensors(), case.map
     first = [0, *accumulate(case.tokens)]
     mine = slice(first[rank], first[rank + 1])
-    hidden, weights = (whole[name][mine].clone().requires_grad_() for name in ("hidden", "weights"))
+    lay = non_contiguous if case.strided else torch.clone
+    hidden, weights = (lay(whole[name][mine]).requires_grad_() for name in ("hidden", "weights"))
     local = experts.local_experts(rank)
     gate_up, down = (whole[name][local].clone().requires_grad_() for name in ("gate_up", "down"))
 
@@ -118,14 +135,15 @@ def run_share(exchange: Exchange, case: WorldCase) -> Share:
             received.hidden, gate_up, down, plan, received.topk_weights, weight_layout="enk", activation="swiglu"
         )
 
-    ids = experts.physical_ids(whole["ids"][mine], first_token=rank)
+    ids = lay(experts.physical_ids(whole["ids"][mine], first_token=rank))
     output, dropped = expert_parallel(
-        hidden, ids, weights, compute, exchange, experts.rank_expert_offsets, case.options(), degree=case.degree
-    )
+        hidden, ids, weights, compute, exchange, experts.rank_expert_offsets, case.options(), degree=case.degree,
+        backward_degree=case.backward_degree,
+    )  # fmt: skip
     inputs = {"hidden": hidden, "weights": weights, "gate_up": gate_up, "down": down}
-    grads = torch.autograd.grad(output, list(inputs.values()), whole["grad"][mine], allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs.values(), strict=True)]
-    return Share(output.detach(), dict(zip(inputs, grads, strict=True)), int(dropped))
+    output.backward(whole["grad"][mine])
+    grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
+    return Share(output.detach(), grads, int(dropped))
 
 
 def run_case(group: Any, case: WorldCase) -> Share:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from cases import make_rows
+from expert_parallel_cases import two_levels
 from moe_ext.distributed import ExpertMap, FlatExchange
 from moe_ext.nn import ExpertParallelMoE, MoELayer
 
@@ -48,7 +49,9 @@ def rows_of(rank: int, num_ranks: int, seed: int) -> Tensor:
 
 def parallel_layer(group: Any, dense: MoELayer, **arguments: Any) -> ExpertParallelMoE:
     """The dense layer, its experts spread over the group."""
-    layer = ExpertParallelMoE(HIDDEN, INTERMEDIATE, EXPERTS, TOPK, FlatExchange(group), **arguments).double()
+    ranks_per_node = arguments.pop("ranks_per_node", None)
+    exchange = FlatExchange(group) if ranks_per_node is None else two_levels(dist.get_world_size(group), ranks_per_node)
+    layer = ExpertParallelMoE(HIDDEN, INTERMEDIATE, EXPERTS, TOPK, exchange, **arguments).double()
     layer.load_experts(dict(dense.experts.named_parameters()))
     layer.router.load_state_dict(dense.router.state_dict())
     if dense.shared is not None:
@@ -71,6 +74,25 @@ def run_layer(group: Any, configuration: dict[str, Any], arguments: dict[str, An
         "experts": {name: p.grad for name, p in layer.experts.named_parameters()},
         "local": layer.local_experts,
         "dropped": int(layer.statistics.dropped_rows),
+    }
+
+
+def run_under_autocast(group: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The float32 layer under autocast; which dtypes went out."""
+    layer = parallel_layer(group, dense_layer(), **arguments).float()
+    rank, num_ranks = layer.exchange.rank, layer.exchange.num_ranks
+    hidden = rows_of(rank, num_ranks, 2).float().requires_grad_()
+    seen = []
+    layer.experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(hidden).hidden
+    (output.float() * rows_of(rank, num_ranks, 3).float()).sum().backward()
+    return {
+        "output": output.detach(),
+        "hidden": hidden.grad,
+        "experts": {name: p.grad for name, p in layer.experts.named_parameters()},
+        "local": layer.local_experts,
+        "seen": seen,
     }
 
 

@@ -164,3 +164,20 @@ def test_a_peer_that_computes_something_else_is_refused():
 def test_bad_options(arguments, message):
     with pytest.raises(SystemExit, match=message):
         bench.run(bench.parse(["--profile", "quick", *arguments]))
+
+
+def test_a_case_that_raises_costs_itself_only(monkeypatch):
+    """The rows around it are measured and saved one by one; the run ends with a list of what is missing."""
+    monkeypatch.setattr(bench.report, "make_row", lambda case, *_: {"name": case.name})
+    wrong = lambda: torch.ones(3)  # noqa: E731
+    cases = [
+        Case("op", "A", name, torch.float32, "uniform", "forward", lambda: torch.zeros(3), peers)
+        for name, peers in (("first", {}), ("second", {"peer": wrong}), ("third", {}))
+    ]
+    saved = []
+    with bench.Progress() as progress:
+        found = bench.measure(iter(cases), Timer("cpu", 1, 0.0), {"threads": 1}, None, progress,
+                                 lambda found: saved.append(len(found.rows)))  # fmt: skip
+    assert [row["name"] for row in found.rows] == ["first", "third"] and saved == [1, 1, 2]
+    with pytest.raises(SystemExit, match=r"op second forward: AssertionError: .*peer differs"):
+        found.exit_if_wrong()

@@ -131,11 +131,14 @@ def outside(axis) -> list[object]:
     return [label for tick in beyond for label in (tick.label1, tick.label2)]
 
 
-def test_no_text_of_a_drawing_is_cut_or_overlaps(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["wide.json", *(path.name for path in RESULTS)])
+def test_no_text_of_a_drawing_is_cut_or_overlaps(name, monkeypatch, tmp_path):
     from matplotlib.text import Text
 
-    figures = drawings(monkeypatch, json.loads(wide_result(tmp_path / "wide.json").read_text()))
-    assert len(figures) >= 10
+    path = wide_result(tmp_path / name) if name == "wide.json" else ROOT / "bench/results" / name
+    figures = drawings(monkeypatch, json.loads(path.read_text()))
+    assert len(figures) >= (10 if name == "wide.json" else 1)
+    colours: dict[str, str] = {}
     for name, figure in figures.items():
         width, height = figure.bbox.size
         undrawn = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in outside(axis)}
@@ -148,6 +151,9 @@ def test_no_text_of_a_drawing_is_cut_or_overlaps(monkeypatch, tmp_path):
             assert apart, f"{name}: {first!r} lies on {second!r}"
         for axes in figure.axes:
             assert axes.get_xlabel() and (axes.get_ylabel() or not axes.get_yticks().size), name
+            for line in axes.lines if name.startswith("time against") else ():
+                assert colours.setdefault(line.get_label(), line.get_color()) == line.get_color(), name
+    assert len(set(colours.values())) == len(colours)
 
 
 MEASURE = """<script>

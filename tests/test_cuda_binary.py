@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import moe_ext
+from sass import parse
 
 LIBRARY = Path(moe_ext.__file__).parent / "libmoe_ext_cuda.so"
 NUM_CUTLASS_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h, for each architecture
@@ -157,6 +158,27 @@ def test_products_keep_the_tensor_cores_busy(code_of_kernels):
         assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
         assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
         assert "UTMALDG" in sass and "LDGSTS" in sass, name
+
+
+def test_products_keep_to_the_registers_of_their_role(code_of_kernels, resources):
+    """A warp that names a register past its setmaxnreg, or runs the other role's code, faults on the hardware only."""
+    for name, text in code_of_kernels["sm_90a"].items():
+        if "product_kernel" not in name:
+            continue
+        kernel = parse(text)
+        roles = {}
+        for at, instruction in enumerate(kernel.instructions):
+            if match := re.match(r"USETMAXREG\.(\w+)\.CTAPOOL .*?(0x[0-9a-f]+)$", instruction):
+                assert match[1] not in roles, name
+                roles[match[1]] = int(match[2], 16), kernel.after(at)
+        assert {role: registers for role, (registers, _) in roles.items()} == {"TRY_ALLOC": 224, "DEALLOC": 56}, name
+        for registers, code in roles.values():
+            assert kernel.highest_register(code) < registers, name
+        math, producer = roles["TRY_ALLOC"][1], roles["DEALLOC"][1]
+        assert not math & producer, f"{name}: roles share code"
+        assert any("HGMMA" in kernel.instructions[at] for at in math), name
+        assert any("UTMALDG" in kernel.instructions[at] for at in producer), name
+        assert resources[f"sm_90a {name}"]["REG"] == 168, f"{name}: not what setmaxnreg starts from"
 
 
 def test_no_kernel_uses_local_memory(resources):

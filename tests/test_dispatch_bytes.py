@@ -22,6 +22,16 @@ def test_counted_rows_are_those_of_the_formula(num_ranks, shape):
         assert float(counted) == pytest.approx(float(expected), rel=0.01)
 
 
+@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+def test_rows_that_leave_the_node_are_those_of_the_formula(shape):
+    for num_ranks in RANKS[1:]:
+        found = dispatch_bytes.crossings(shape, num_ranks, LINK)
+        for crossing in found.values():
+            assert crossing.counted == pytest.approx(crossing.expected, rel=0.01)
+        assert found["node"].counted < found["dedup"].counted < found["slot"].counted
+    assert dispatch_bytes.crossings(MODELS[0], 16, LINK)["slot"].expected == 4
+
+
 def test_bytes_of_a_row_by_hand():
     """DeepSeek-V3: 7168 elements; 8 ids and weights of 4 bytes, or one id; 56 scales."""
     slot, dedup, fp8, narrow = (dispatch_bytes.bytes_out(MODELS[0], way, LINK) for way in WAYS)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import time
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from compare import relative_error
 from expert_parallel_cases import HIDDEN, Share, WorldCase, joined, run_case, run_dense, run_share
-from moe_ext.distributed import FlatExchange, HierarchicalExchange, combine, dispatch
-from moe_ext.distributed.exchange import Splits
-from rank_pool import RankPool
+from moe_ext.distributed import FlatExchange, HierarchicalExchange, expert_parallel
 from virtual_ranks import Board, VirtualExchange, run_virtual_ranks
 
 pytestmark = pytest.mark.cpu
@@ -35,6 +31,19 @@ def assert_same_bits(some: list[Share], others: list[Share], names: tuple[str, .
         assert torch.equal(a.output, b.output)
         for name in names or a.grads:
             assert torch.equal(a.grads[name], b.grads[name]), name
+
+
+def virtual_nodes(case: WorldCase) -> list[Share]:
+    """The case in two levels, every rank a thread."""
+    m, n = case.ranks_per_node, case.num_ranks // case.ranks_per_node
+    nodes, columns = [Board(m) for _ in range(n)], [Board(n) for _ in range(m)]
+
+    def run(rank: int) -> Share:
+        node, local = divmod(rank, m)
+        exchange = HierarchicalExchange(VirtualExchange(nodes[node], local), VirtualExchange(columns[local], node))
+        return run_share(exchange, case)
+
+    return run_virtual_ranks(case.num_ranks, run)
 
 
 CASES = {
@@ -58,7 +67,23 @@ CASES = {
     "two levels, one node": WorldCase((7, 4, 0, 2), (3, 3, 1, 2), 2, ranks_per_node=4),
     "two levels, one rank to a node": WorldCase((7, 4, 1, 3), (3, 3, 1, 0), 2, ranks_per_node=1),
     "two levels, static": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, ranks_per_node=2, rows_per_rank=8),
+    "two levels, two of the four ranks": WorldCase((7, 4), (3, 4), 3, ranks_per_node=1),
     "debug mode": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, ranks_per_node=2, debug=True, degree=2),
+    "nodes": WorldCase((9, 0, 13, 6), (4, 3, 5, 4), 8, "node", ranks_per_node=2, routing="zipf"),
+    "nodes, a rank without experts, chunks": WorldCase((6, 8, 3, 5), (5, 0, 4, 2), 8, "node", ranks_per_node=2,
+                                                       degree=4),
+    "nodes, copies": WorldCase((7, 6, 8, 5), (2, 3, 2, 2), 3, "node", ranks_per_node=2,
+                               physical_to_logical=(0, 1, 2, 0, 3, 4, 5, 0, 5)),
+    "nodes, one node": WorldCase((7, 4, 2), (3, 3, 1), 4, "node", ranks_per_node=3, degree=2),
+    "nodes, one rank to a node": WorldCase((7, 4, 2), (3, 3, 1), 4, "node", ranks_per_node=1, degree=2),
+    "nodes, static": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2, rows_per_rank=16,
+                               rows_per_node=8),
+    "nodes, static, chunks, dropped slots": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2,
+                                                      rows_per_rank=6, rows_per_node=3, degree=3, routing="dropped"),
+    "nodes, no tokens at all": WorldCase((0, 0, 0, 0), (3, 3, 2, 3), 2, "node", ranks_per_node=2, degree=2),
+    "nodes, another degree backward": WorldCase((7, 2, 0, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2, degree=2,
+                                                backward_degree=3),
+    "nodes, debug mode": WorldCase((7, 2, 8, 5), (3, 3, 2, 3), 4, "node", ranks_per_node=2, debug=True, degree=2),
 }  # fmt: skip
 
 
@@ -81,63 +106,108 @@ def random_case(seed: int) -> WorldCase:
         draw.shuffle(physical)
         copies, num_experts = tuple(physical), distinct
     topk = draw.randint(1, min(8, num_experts))
-    form = draw.choice(["dedup", "slot"])
-    most = max(tokens) * (topk if form == "slot" else 1)
+    form = ["dedup", "slot", "node"][seed % 3]
+    ranks_per_node = draw.choice([n for n in (1, 2, 3, 4) if num_ranks % n == 0])
+    bound = draw.choice([None, max(1, max(tokens) * (topk if form == "slot" else 1))])
     return WorldCase(
         tokens, tuple(sizes), topk, form,
-        rows_per_rank=draw.choice([None, max(1, most)]),
-        degree=draw.choice([1, 1, 2, 5]),
+        rows_per_rank=bound and bound * (num_ranks if form == "node" else 1),
+        rows_per_node=bound if form == "node" else None,
+        degree=1 + seed // 3 % 8,
         routing=draw.choice(["uniform", "zipf", "one_hot", "dropped"]),
         physical_to_logical=copies,
-        ranks_per_node=draw.choice([None, 2]) if num_ranks == 4 else None,
+        ranks_per_node=ranks_per_node if form == "node" else draw.choice([None, ranks_per_node]),
+        strided=draw.random() < 0.3,
         seed=seed,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(48))
 def test_fuzz(seed, pool):
+    """Each form with each degree from 1 to 8, twice."""
     case = random_case(seed)
     assert_equals_dense(pool.run(case.num_ranks, run_case, case), case)
 
 
-def drop_late_tokens(case: WorldCase, ids: torch.Tensor) -> torch.Tensor:
-    """Ids with -1 for what does not fit, written token by token: dedup, one chunk."""
-    ids, first = ids.clone(), 0
-    bounds = case.map.rank_expert_offsets.tolist()
-    for tokens in case.tokens:
-        for low, high in pairwise(bounds):
-            taken = 0
-            for token in range(first, first + tokens):
-                goes = [j for j, expert in enumerate(ids[token].tolist()) if low <= expert < high]
-                taken += bool(goes)
-                if taken > case.rows_per_rank:
-                    ids[token, goes] = -1
-        first += tokens
-    return ids
+def owner_of(case: WorldCase, ids: Tensor) -> Tensor:
+    """The rank of every slot."""
+    return torch.bucketize(ids, case.map.rank_expert_offsets, right=True) - 1
 
 
-def test_overflow_drops_and_counts(pool):
-    case = WorldCase((14, 3, 9), (3, 4, 4), 4, rows_per_rank=5, overflow="drop")
-    ids = case.tensors()["ids"]
-    kept = drop_late_tokens(case, ids)
-    shares = pool.run(3, run_case, case)
+def keep_first(ids: Tensor, owners: Tensor, rows: list[tuple[int, list[int]]], owner: int, bound: int) -> int:
+    """Ids of ``owner`` become -1 in all but the first ``bound`` of the rows (token, slots) that have one; how many did."""
+    taken = 0
+    for token, slots in rows:
+        goes = [j for j in slots if owners[token, j] == owner and ids[token, j] >= 0]
+        taken += bool(goes)
+        if taken > bound:
+            ids[token, goes] = -1
+    return max(0, taken - bound)
+
+
+def drop_late_rows(case: WorldCase) -> tuple[Tensor, list[int]]:
+    """Ids with -1 for what does not fit, written row by row, and how many rows each rank left out."""
+    ids = case.tensors()["ids"].clone()
+    owners, ranks, slots = owner_of(case, ids), range(case.num_ranks), list(range(case.topk))
+    m = case.ranks_per_node
+    chunks = [part.tolist() for tokens in torch.arange(len(ids)).split(case.tokens)
+              for part in tokens.tensor_split(case.degree)]  # fmt: skip
+    left_out = [0] * case.num_ranks
+    for index, chunk in enumerate(chunks):
+        source = index // case.degree
+        rows = [(t, [j]) for t in chunk for j in slots] if case.form == "slot" else [(t, slots) for t in chunk]
+        if case.form == "node":
+            for node in range(case.num_ranks // m):
+                left_out[source] += keep_first(ids, owners // m, rows, node, case.rows_per_node)
+        else:
+            for rank in ranks:
+                left_out[source] += keep_first(ids, owners, rows, rank, case.rows_per_rank)
+    if case.form == "node":  # then from the rank of the same place in each node
+        for rank in ranks:
+            for c in range(case.degree):
+                rows = [(t, slots) for s in ranks if s % m == rank % m for t in chunks[s * case.degree + c]]
+                for local in range(rank // m * m, rank // m * m + m):
+                    left_out[rank] += keep_first(ids, owners, rows, local, case.rows_per_rank)
+    return ids, left_out
+
+
+OVERFLOWING = {
+    "dedup": WorldCase((14, 3, 9), (3, 4, 4), 4, rows_per_rank=5),
+    "dedup, chunks": WorldCase((14, 3, 9), (3, 4, 4), 4, rows_per_rank=2, degree=3),
+    "slots": WorldCase((14, 3, 9), (3, 4, 4), 4, "slot", rows_per_rank=9),
+    "two levels": WorldCase((14, 3, 9, 2), (3, 4, 4, 1), 4, rows_per_rank=5, ranks_per_node=2),
+    "nodes": WorldCase((14, 3, 9, 2), (3, 2, 4, 4), 4, "node", rows_per_rank=100, rows_per_node=5, ranks_per_node=2),
+    "nodes, inside": WorldCase((14, 3, 9, 2), (3, 2, 4, 4), 4, "node", rows_per_rank=12, rows_per_node=14,
+                               ranks_per_node=2),
+    "nodes, chunks": WorldCase((14, 3, 9, 2), (3, 2, 4, 4), 4, "node", rows_per_rank=3, rows_per_node=3,
+                               ranks_per_node=2, degree=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OVERFLOWING.values(), ids=OVERFLOWING)
+def test_overflow_drops_and_counts(case, pool):
+    case = replace(case, overflow="drop")
+    kept, left_out = drop_late_rows(case)
+    shares = pool.run(case.num_ranks, run_case, case)
     ours, dense = joined(shares, case), run_dense(case, kept)
     assert relative_error(ours.output, dense.output) <= 1e-12
     for name, grad in dense.grads.items():
         assert relative_error(ours.grads[name], grad) <= 1e-12, name
-    rank_of = torch.bucketize(ids, case.map.rank_expert_offsets, right=True) - 1
-    lost = {
-        (t, r) for t in range(len(ids)) for r, k in zip(rank_of[t].tolist(), kept[t].tolist(), strict=True) if k < 0
-    }
-    assert ours.dropped_rows == len(lost) > 0 and shares[1].dropped_rows == 0
+    assert [share.dropped_rows for share in shares] == left_out and sum(left_out) > 0
 
 
-def test_overflow_raises_on_every_rank(pool):
-    case = WorldCase((14, 3, 9), (3, 4, 4), 4, rows_per_rank=5)
-    pool.start(3, run_case, case)
-    for fine, answer in pool.outcomes([0, 1, 2]):
-        assert not fine and "rows_per_rank: expected all rows for a rank to fit into 5" in answer[0]
-        assert " of rank 0, " in answer[0] and "of rank 2" in answer[0] and "rank 1" not in answer[0]
+@pytest.mark.parametrize("case", OVERFLOWING.values(), ids=OVERFLOWING)
+def test_overflow_raises_on_every_rank(case, pool):
+    left_out = drop_late_rows(case)[1]
+    pool.start(case.num_ranks, run_case, case)
+    for fine, answer in pool.outcomes(list(range(case.num_ranks))):
+        assert not fine and answer[0].startswith("ExchangeError: rows_per_"), answer
+        assert ": expected all rows to fit into " in answer[0]
+        if case.degree == 1:
+            told = ", ".join(f"{count} of rank {rank}" for rank, count in enumerate(left_out) if count)
+            assert answer[0].endswith(f"rows that did not: {told}")
+    case = CASES["two levels"]
+    assert_equals_dense(pool.run(case.num_ranks, run_case, case), case)  # the ranks are still in step
 
 
 @pytest.mark.parametrize("form", ["dedup", "slot"])
@@ -153,8 +223,29 @@ def test_every_way_has_the_same_bits(form, dtype, pool):
     assert_same_bits(run_virtual_ranks(4, lambda rank: run_share(VirtualExchange(board, rank), case)), flat)
 
 
-@pytest.mark.parametrize("form", ["dedup", "slot"])
-@pytest.mark.parametrize("ranks_per_node", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nodes_are_the_same_bits_where_no_three_rows_are_summed(dtype, pool):
+    """Sums of at most two rows have one order. With more, flat is ((a + b) + c) + d and by nodes (a + b) + (c + d)."""
+    case = WorldCase((13, 6, 21, 10), (3, 3, 2, 3), 2, "node", routing="zipf", dtype=dtype, ranks_per_node=2,
+                     elementwise=True)  # fmt: skip
+    nodes = pool.run(4, run_case, case)
+    assert_same_bits(pool.run(4, run_case, case), nodes)
+    assert_same_bits(pool.run(4, run_case, replace(case, rows_per_rank=100, rows_per_node=21)), nodes,
+                     ("hidden", "weights"))  # fmt: skip
+    assert_same_bits(virtual_nodes(case), nodes)
+    assert_same_bits(pool.run(4, run_case, replace(case, form="dedup")), nodes, ("hidden", "weights"))
+
+
+@pytest.mark.parametrize("dtype, hidden_size", [(torch.bfloat16, 200), (torch.float16, 130)])
+def test_nodes_quantise_to_the_same_bits(dtype, hidden_size, pool):
+    """Rows are quantised once more inside the node: 16-bit rows come out of it as they went in."""
+    case = WorldCase((9, 7, 0, 12), (2, 3, 2, 3), 2, "node", payload="fp8", dtype=dtype, hidden_size=hidden_size,
+                     ranks_per_node=2, elementwise=True)  # fmt: skip
+    flat = pool.run(4, run_case, replace(case, form="dedup"))
+    assert_same_bits(pool.run(4, run_case, case), flat, ("hidden", "weights"))
+
+
+@pytest.mark.parametrize("form, ranks_per_node", [("dedup", None), ("slot", None), ("dedup", 2), ("node", 2)])
 def test_chunks_move_the_same_bits(form, ranks_per_node, pool):
     """Outputs and the gradients of rows and weights, for every degree. Those of expert weights are sums over chunks, and
     a product may depend on its number of rows, so the experts here are elementwise."""
@@ -165,6 +256,41 @@ def test_chunks_move_the_same_bits(form, ranks_per_node, pool):
     for degree in range(2, 9):
         chunked = pool.run(4, run_case, replace(case, degree=degree))
         assert_same_bits(chunked, whole, ("hidden", "weights"))
+
+
+class Recording(FlatExchange):
+    """What was exchanged, in order."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self.seen: list[str] = []
+
+    def start(self, rows: Tensor, splits: Any, **more: Any) -> Any:
+        self.seen.append(more["what"])
+        return super().start(rows, splits, **more)
+
+
+def run_recording(group: Any, case: WorldCase) -> tuple[Share, list[str]]:
+    exchange = Recording(group)
+    return run_share(exchange, case), exchange.seen
+
+
+@pytest.mark.parametrize("form", ["dedup", "slot"])
+@pytest.mark.parametrize("degree, backward_degree", [(1, 4), (4, 1), (3, 2)])
+@pytest.mark.parametrize("rows_per_rank", [None, 40])
+def test_the_backward_in_other_chunks(rows_per_rank, degree, backward_degree, form, pool):
+    """The forward again, then its gradients, both in ``backward_degree`` chunks."""
+    case = WorldCase((9, 0, 6), (3, 0, 4), 4, form, rows_per_rank, degree=degree, backward_degree=backward_degree)
+    shares, seen = zip(*pool.run(3, run_recording, case), strict=True)
+    assert_equals_dense(list(shares), case)
+    for exchanged in seen:
+        dispatches = [i for i, what in enumerate(exchanged) if what == "the rows of a dispatch"]
+        assert len(dispatches) == degree + backward_degree
+        assert exchanged.count("the gradients of a combine") == backward_degree
+        assert exchanged.index("the rows of a combine") in range(dispatches[0], dispatches[-1])
+    elementwise = replace(case, elementwise=True)
+    assert_same_bits(pool.run(3, run_case, elementwise), pool.run(3, run_case, replace(elementwise, backward_degree=None)),
+                     ("hidden", "weights"))  # fmt: skip
 
 
 @pytest.mark.parametrize("num_ranks, ranks_per_node", [(8, 4), (16, 4), (64, 8)])
@@ -180,15 +306,10 @@ def test_many_virtual_ranks(num_ranks, ranks_per_node, form):
     board = Board(num_ranks)
     flat = run_virtual_ranks(num_ranks, lambda rank: run_share(VirtualExchange(board, rank), case))
     assert_equals_dense(flat, case)
-    nodes = [Board(ranks_per_node) for _ in range(num_ranks // ranks_per_node)]
-    columns = [Board(num_ranks // ranks_per_node) for _ in range(ranks_per_node)]
-
-    def two_levels(rank: int) -> Share:
-        node, local = divmod(rank, ranks_per_node)
-        exchange = HierarchicalExchange(VirtualExchange(nodes[node], local), VirtualExchange(columns[local], node))
-        return run_share(exchange, case)
-
-    assert_same_bits(run_virtual_ranks(num_ranks, two_levels), flat)
+    two_levels = replace(case, ranks_per_node=ranks_per_node)
+    assert_same_bits(virtual_nodes(two_levels), flat)
+    if form == "dedup":
+        assert_equals_dense(virtual_nodes(replace(two_levels, form="node", degree=2)), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,160 +325,22 @@ def test_fp8_payload(dtype, pool):
     assert_same_bits(pool.run(2, run_case, case), shares)
 
 
-class Miscounting(FlatExchange):
-    """Rank 1 awaits one row too many from rank 0."""
-
-    def splits(self, counts: list[list[int]]) -> list[Splits]:
-        splits = super().splits(counts)
-        if self.rank == 1:
-            splits[0].recv[0] += 1
-        return splits
-
-
-def run_miscounting(group: Any, case: WorldCase) -> Share:
-    return run_share(Miscounting(group), case)
-
-
-def run_different(group: Any, cases: list[WorldCase]) -> Share:
-    exchange = FlatExchange(group)
-    return run_share(exchange, cases[exchange.rank])
-
-
-def run_with_bad_ids(group: Any, case: WorldCase) -> Share:
-    """Rank 2 asks for an expert that nobody holds."""
-    exchange = FlatExchange(group)
-    ids = torch.zeros(2, case.topk, dtype=torch.int32)
-    if exchange.rank == 2:
-        ids[1, 0] = 99
-    rows, weights = torch.zeros(2, 4), torch.zeros(2, case.topk)
-    dispatch(rows, ids, weights, exchange, case.map.rank_expert_offsets, case.options())
-
-
-DEBUGGED = WorldCase((5, 3, 9), (3, 4, 4), 2, debug=True)
-
-
-def assert_all_fail(pool: RankPool, words: str, function: Any, *arguments: Any) -> None:
-    pool.start(3, function, *arguments)
-    for rank, (fine, answer) in enumerate(pool.outcomes([0, 1, 2])):
-        assert not fine and answer[0].startswith("ExchangeError") and words in answer[0], f"rank {rank}: {answer}"
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"degree": 2}, "chunks: 2 on rank 1, 1 on ranks 0, 2"),
-        ({"form": "slot"}, "form (0 dedup, 1 slot): 1 on rank 1, 0 on ranks 0, 2"),
-        ({"topk": 3}, "topk: 3 on rank 1, 2 on ranks 0, 2"),
-        ({"hidden_size": 16}, "hidden_size: 16 on rank 1, 12 on ranks 0, 2"),
-        ({"dtype": torch.float32}, "bytes of an element of hidden: 4 on rank 1, 8 on ranks 0, 2"),
-        ({"rows_per_rank": 9}, "rows_per_rank (0 exact): 9 on rank 1, 0 on ranks 0, 2"),
-        ({"experts_per_rank": (4, 3, 4)}, "rank_expert_offsets[1]: 4 on rank 1, 3 on ranks 0, 2"),
-    ],
-    ids=str,
-)
-def test_a_rank_that_disagrees_is_named_on_all(change, words, pool):
-    assert_all_fail(pool, words, run_different, [DEBUGGED, replace(DEBUGGED, **change), DEBUGGED])
-
-
-def test_wrong_splits_are_found_before_rows_move(pool):
-    assert_all_fail(pool, "to rank 1, which awaits", run_miscounting, DEBUGGED)
-
-
-def test_ids_that_nobody_holds(pool):
-    words = "topk_ids: expected -1 or ids below 11, the number of experts; outside: 1 on rank 2"
-    assert_all_fail(pool, words, run_with_bad_ids, DEBUGGED)
-
-
-def lose_rank_one(group: Any, case: WorldCase, killed: bool) -> Share | None:
-    exchange = FlatExchange(group)
-    if exchange.rank == 1:
-        if killed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return None
-    return run_share(exchange, case)
-
-
-@pytest.mark.parametrize("debug, killed", [(False, True), (True, True), (True, False)])
-def test_a_lost_rank_raises_on_the_others(debug, killed, tmp_path):
-    """Killed, or busy elsewhere: the latter only rank 0 can name."""
-    timeout = 4
-    pool = RankPool(3, tmp_path, timeout=timeout)
-    try:
-        pool.start(3, lose_rank_one, replace(DEBUGGED, debug=debug), killed)
-        start = time.monotonic()
-        for rank, (fine, answer) in zip((0, 2), pool.outcomes([0, 2], patience=5 * timeout), strict=True):
-            awaited = "all ranks" if debug else "the number of rows that every rank sends"
-            assert not fine and f"ExchangeError: rank {rank} of 3 awaited {awaited}: " in answer[0]
-            assert killed or rank or "Ranks 1 failed to pass monitoredBarrier" in answer[0]
-        assert time.monotonic() - start < 2 * timeout + 5
-    finally:
-        pool.close()
-
-
-class Counting(FlatExchange):
-    """Bytes handed to the collective for other ranks, by the dtype that travels."""
-
-    def __init__(self, group: Any) -> None:
-        super().__init__(group)
-        self.bytes: dict[torch.dtype, int] = {}
-
-    def _all_to_all(self, received: Any, rows: Any, recv: Any, send: Any) -> Any:
-        if send is not None:
-            rows_out = sum(send) - send[self.rank]
-            row = rows.element_size() * rows[:1].numel() if len(rows) else 0
-            self.bytes[rows.dtype] = self.bytes.get(rows.dtype, 0) + rows_out * row
-        return super()._all_to_all(received, rows, recv, send)
-
-
-def run_counting(group: Any, case: WorldCase) -> dict[torch.dtype, int]:
-    exchange, whole = Counting(group), case.tensors()
-    first = [0, *accumulate(case.tokens)]
-    mine = slice(first[exchange.rank], first[exchange.rank + 1])
-    with torch.no_grad():
-        received = dispatch(
-            whole["hidden"][mine], whole["ids"][mine], whole["weights"][mine], exchange,
-            case.map.rank_expert_offsets, case.options(),
-        )  # fmt: skip
-        combine(received.hidden, received.layout)
-    return exchange.bytes
-
-
-@pytest.mark.parametrize("form", ["dedup", "slot"])
-@pytest.mark.parametrize("payload", ["native", "fp8"])
-def test_bytes_that_travel(form, payload, pool):
-    """Counted at the collective: a row of hidden, ids, weights and scales for each (token, rank) or (token, expert)."""
-    case = WorldCase((40, 0, 33, 21), (3, 5, 2, 6), 4, form, payload=payload, dtype=torch.bfloat16, hidden_size=256)
-    counted = pool.run(4, run_counting, case)
-    ids, first = case.tensors()["ids"], 0
-    owners = torch.bucketize(ids, case.map.rank_expert_offsets, right=True) - 1
-    for rank, tokens in enumerate(case.tokens):
-        goes = owners[first : first + tokens].tolist()
-        first += tokens
-        rows = sum(sum(r != rank for r in (set(ranks) if form == "dedup" else ranks)) for ranks in goes)
-        back = [r for ranks in owners.tolist() for r in (set(ranks) if form == "dedup" else ranks)].count(rank) - sum(
-            (rank in ranks if form == "dedup" else ranks.count(rank)) for ranks in goes
-        )
-        hidden = 256 * 2 if payload == "native" else 256 + 2 * 4
-        row_bytes = hidden + (4 * 8 if form == "dedup" else 4)
-        row_bytes = -(-row_bytes // 16) * 16
-        assert counted[rank].get(torch.uint8, 0) == rows * row_bytes
-        assert counted[rank].get(torch.bfloat16, 0) == back * 256 * 2
-
-
 def run_frozen(group: Any, case: WorldCase) -> torch.Tensor | None:
     """Only rank 0's rows want a gradient; the others must take part in its backward all the same."""
     exchange, whole = FlatExchange(group), case.tensors()
     hidden = whole["hidden"][:3].clone().requires_grad_(exchange.rank == 0)
-    received = dispatch(
-        hidden, whole["ids"][:3], whole["weights"][:3], exchange, case.map.rank_expert_offsets, case.options()
-    )
-    combine(received.hidden * 2, received.layout).sum().backward()
+    output, _ = expert_parallel(
+        hidden, whole["ids"][:3], whole["weights"][:3], lambda received: received.hidden * 2, exchange,
+        case.map.rank_expert_offsets, case.options(), backward_degree=case.backward_degree,
+    )  # fmt: skip
+    output.sum().backward()
     return hidden.grad
 
 
 @pytest.mark.parametrize("form", ["dedup", "slot"])
-def test_ranks_that_want_no_gradient_take_part_in_the_backward(form, pool):
-    case = WorldCase((3, 3), (4, 0), 1, form)
+@pytest.mark.parametrize("backward_degree", [None, 2])
+def test_ranks_that_want_no_gradient_take_part_in_the_backward(backward_degree, form, pool):
+    case = WorldCase((3, 3), (4, 0), 1, form, backward_degree=backward_degree)
     grad, none = pool.run(2, run_frozen, case)
     weight = case.tensors()["weights"][:3] if form == "slot" else torch.ones(3, 1, dtype=torch.float64)
     assert none is None and relative_error(grad, 2 * weight.expand(3, HIDDEN)) <= 1e-15

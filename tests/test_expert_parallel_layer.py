@@ -25,6 +25,22 @@ SPREAD = {
     ),
     "slots, chunks": (3, {}, {"dispatch": DispatchOptions(form="slot"), "degree": 3}),
     "static": (4, {}, {"dispatch": DispatchOptions(rows_per_rank=9)}),
+    "another degree backward": (3, {}, {"degree": 2, "backward_degree": 3}),
+    "nodes, chunks": (4, {}, {"dispatch": DispatchOptions(form="node"), "degree": 2, "ranks_per_node": 2}),
+    "nodes, tensor parallel": (
+        4,
+        {},
+        {"dispatch": DispatchOptions(form="node"), "tensor_parallel": 2, "ranks_per_node": 2},
+    ),
+    "nodes, copies": (
+        4,
+        {},
+        {
+            "dispatch": DispatchOptions(form="node"),
+            "ranks_per_node": 2,
+            "expert_map": ExpertMap([0, 1, 2, 3, 0, 4, 5, 6, 7, 0, 5], (4, 2, 3, 2)),
+        },
+    ),
     "biases, shared expert": (2, {"experts": {"bias": True}, "shared_intermediate_size": 6}, {}),
     "copies": (3, {}, {"expert_map": ExpertMap([0, 1, 2, 3, 0, 4, 5, 6, 7, 0, 5], (4, 2, 5))}),
     "tensor parallel": (4, {}, {"tensor_parallel": 2}),
@@ -62,6 +78,26 @@ def test_equals_the_layer_in_one_process(num_ranks, configuration, arguments, po
         whole.load_experts({name: p.grad for name, p in dense.experts.named_parameters()})
         for name, expected in whole.experts.named_parameters():
             assert relative_error(share["experts"][name], expected) <= 1e-12, (rank, name)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dispatch": DispatchOptions(form="slot"), "degree": 2}], ids=str)
+def test_autocast(arguments, pool):
+    """Rows travel in the dtype in which the experts work; parameters and gradients stay in float32."""
+    shares = pool.run(3, layers.run_under_autocast, arguments)
+    dense = MoELayer(HIDDEN, INTERMEDIATE, EXPERTS, TOPK)
+    dense.load_state_dict(dense_layer().state_dict())
+    hidden = torch.cat([rows_of(rank, 3, 2) for rank in range(3)]).float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = dense(hidden).hidden
+    (output.float() * torch.cat([rows_of(rank, 3, 3) for rank in range(3)]).float()).sum().backward()
+    ours = torch.cat([share["output"] for share in shares])
+    assert ours.dtype == output.dtype and relative_error(ours, output) < 1e-2
+    assert relative_error(torch.cat([share["hidden"] for share in shares]), hidden.grad) < 2e-2
+    for share in shares:
+        assert set(share["seen"]) <= {torch.bfloat16}
+        for name, parameter in dense.experts.named_parameters():
+            assert share["experts"][name].dtype == torch.float32
+            assert relative_error(share["experts"][name], parameter.grad[share["local"]]) < 2e-2, name
 
 
 def test_bottleneck(pool):
@@ -102,6 +138,10 @@ def make(num_ranks: int = 4, **arguments):
 
 
 BAD_LAYERS = [
+    (
+        {"dispatch": DispatchOptions(form="node")},
+        "exchange: expected a HierarchicalExchange with form='node', got Virt",
+    ),
     ({"tensor_parallel": 3}, "tensor_parallel: expected a divisor of 4 ranks, got 3"),
     ({"num_ranks": 8, "tensor_parallel": 8}, "intermediate_size: expected a multiple of tensor_parallel, 8, got 12"),
     ({"tensor_parallel": 2, "experts": {"bias": True}}, "experts: expected bias=False"),
@@ -120,9 +160,20 @@ def test_bad_maps_and_options():
         ExpertMap([0, 2], (1, 1))
     with pytest.raises(ValueError, match="experts_per_rank: expected sizes >= 0 that sum to 2"):
         ExpertMap([0, 1], (1, 2))
-    with pytest.raises(ValueError, match="form: expected dedup or slot, got 'rows'"):
+    with pytest.raises(ValueError, match="form: expected dedup or slot or node, got 'rows'"):
         DispatchOptions(form="rows")
     with pytest.raises(ValueError, match="rows_per_rank: expected None or an integer >= 1, got 0"):
         DispatchOptions(rows_per_rank=0)
-    with pytest.raises(ValueError, match="degree: expected an integer >= 1, got 0"):
-        make(num_ranks=1, degree=0).double()(make_rows(2, HIDDEN, dtype=torch.float64))
+    for options in ({"rows_per_node": 4}, {"form": "node", "rows_per_rank": 4}, {"form": "node", "rows_per_node": 4}):
+        with pytest.raises(
+            ValueError, match="rows_per_node: expected with form='node' and rows_per_rank, and only then"
+        ):
+            DispatchOptions(**options)
+    hidden = make_rows(2, HIDDEN, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^degree: expected an integer >= 1, got 0"):
+        make(num_ranks=1, degree=0).double()(hidden)
+    with pytest.raises(ValueError, match="backward_degree: expected None or an integer >= 1, got 0"):
+        make(num_ranks=1, backward_degree=0).double()(hidden)
+    dropping = DispatchOptions(rows_per_rank=1, overflow="drop")
+    with pytest.raises(ValueError, match="backward_degree: expected None with overflow='drop'"):
+        make(num_ranks=1, backward_degree=2, dispatch=dropping).double()(hidden)

@@ -311,6 +311,19 @@ def test_narrow_and_wide(in_features, out_features, layout, device):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("in_features", [2048, 2064])
+def test_written_past_the_caches(in_features, dtype):
+    """Outputs larger than the caches have the bits of smaller ones, whether or not their rows are whole cache lines."""
+    offsets = torch.tensor([0, 5, 8], dtype=torch.int32)
+    x, grad = (torch.randn(8, n, dtype=torch.float64).to(dtype) for n in (in_features, 2048))
+    whole = moe_ext.grouped_gemm_wgrad(x, grad, offsets, weight_layout="enk")
+    for first in range(0, 2048, 256):
+        part = moe_ext.grouped_gemm_wgrad(x, grad[:, first : first + 256], offsets, weight_layout="enk")
+        assert torch.equal(whole[:, first : first + 256], part)
+
+
+@pytest.mark.cpu
 def test_large_gradients_reuse_memory():
     """A large output gets the pages of one that was freed: nothing of that one may show through."""
     rows, offsets = make_rows(12, 1792, dtype=torch.float32), torch.tensor([0, 5, 5, 12], dtype=torch.int32)

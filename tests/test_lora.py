@@ -18,6 +18,7 @@ SHAPES = [
     (70, 64, 40, 48, 1, 8),
     (19, 24, 32, 5, 6, 2),
     (9, 1040, 552, 3, 4, 2),
+    (150, 200, 136, 3, 5, 2),  # tokens enough for copies of the weights on the CPU
 ]
 
 
@@ -69,12 +70,35 @@ def test_threads_do_not_change_results():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_only_what_needs_a_gradient_gets_one(device):
-    args, grad = make_args((7, 8, 8, 4, 1, 2), "uniform", torch.float32, device)
-    weights = args[4].requires_grad_()
-    (found,) = torch.autograd.grad(moe_ext.low_rank_experts(*args), weights, grad)
-    (expected,) = torch.autograd.grad(reference.low_rank_experts(*args), weights, grad)
+@pytest.mark.parametrize("mask", range(1, 16))
+def test_only_what_needs_a_gradient_gets_one(mask, device):
+    """What the mask leaves out comes back without rows, and changes no bit of the rest."""
+    args, grad = make_args((41, 24, 40, 4, 3, 2), "dropped", torch.float32, device)
+    places = [place for bit, place in enumerate((0, 1, 2, 4)) if mask >> bit & 1]
+    leaves = [args[place].requires_grad_() for place in places]
+    found = torch.autograd.grad(moe_ext.low_rank_experts(*args), leaves, grad)
+    expected = torch.autograd.grad(reference.low_rank_experts(*args), leaves, grad)
     torch.testing.assert_close(found, expected)
+
+    args = tuple(x.detach() for x in args)
+    _, projection = torch.ops.moe_ext.low_rank_experts(*args)
+    plan = moe_ext.routing_plan(args[3], 4)
+    rest = (grad[0], *args, projection, plan.expert_offsets, plan.permuted_to_slot)
+    everything = torch.ops.moe_ext.low_rank_experts_backward(*rest, [True] * 4)
+    some = torch.ops.moe_ext.low_rank_experts_backward(*rest, [bool(mask >> bit & 1) for bit in range(4)])
+    for bit, (part, whole) in enumerate(zip(some, everything, strict=True)):
+        assert torch.equal(part, whole) if mask >> bit & 1 else part.shape == (0, *whole.shape[1:])
+
+
+def test_frozen_weights_cost_no_product(device):
+    """Of a gradient of router weights alone: no gradient of the size of the weights or of the input is made."""
+    args, grad = make_args((64, 512, 512, 8, 4, 2), "uniform", torch.float32, device)
+    output = moe_ext.low_rank_experts(*args[:4], args[4].requires_grad_())
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profile:
+        torch.autograd.grad(output, args[4], grad)
+    (op,) = [e for e in profile.events() if e.name == "moe_ext::low_rank_experts_backward"]
+    memory = op.cpu_memory_usage if device == "cpu" else op.device_memory_usage
+    assert memory < args[0].numel() * 4
 
 
 def test_hostile_plan(device):
@@ -84,7 +108,7 @@ def test_hostile_plan(device):
     offsets = torch.tensor([-5, 3, 2, 999], dtype=torch.int32, device=device)
     slots = torch.tensor([0, 77, -9, 7], dtype=torch.int32, device=device)
     args = (grad[0], hidden, down, up, ids, weights, projection, offsets, slots)
-    _, grad_down, _, _ = torch.ops.moe_ext.low_rank_experts_backward(*args)
+    _, grad_down, _, _ = torch.ops.moe_ext.low_rank_experts_backward(*args, [True] * 4)
     assert grad_down.isfinite().all() and (grad_down[1] == 0).all()
 
 
@@ -96,7 +120,10 @@ def test_opcheck(device):
     _, projection = ops.low_rank_experts(*args)
     plan = moe_ext.routing_plan(args[3], 4)
     backward_args = (grad[0], *args, projection, plan.expert_offsets, plan.permuted_to_slot)
-    torch.library.opcheck(ops.low_rank_experts_backward.default, backward_args)
+    for mask in ([True] * 4, [False, True, False, True]):
+        torch.library.opcheck(ops.low_rank_experts_backward.default, (*backward_args, mask))
+    with pytest.raises(RuntimeError, match="output_mask: expected 4 entries, one for each gradient, got 1"):
+        ops.low_rank_experts_backward(*backward_args, [True])
 
 
 def test_autocast(device):

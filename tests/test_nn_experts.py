@@ -162,3 +162,23 @@ def test_bad_parts():
         ExpertGroups([Experts(4, HIDDEN, 6)], capacity_shares=[1, 2])
     with pytest.raises(TypeError, match="nope: expected an option of router_losses"):
         MoE(TopKRouter(HIDDEN, 4, 2), Experts(4, HIDDEN, 6), losses={"nope": 1})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_frozen_experts_get_gradient_zero_and_no_product(bias):
+    torch.manual_seed(0)
+    experts = Experts(6, 64, 48, bias=bias)
+    hidden = torch.randn(240, 64, requires_grad=True)
+    plan = moe_ext.routing_plan(torch.arange(240)[:, None] % 6, 6)
+    inputs = [hidden, *experts.parameters()]
+    whole = torch.autograd.grad(experts(hidden, plan).square().sum(), inputs)
+    experts.freeze_experts([0, 4])
+    some = torch.autograd.grad(experts(hidden, plan).square().sum(), inputs)
+    assert torch.equal(some[0], whole[0])
+    for found, before in zip(some[1:], whole[1:], strict=True):
+        assert not found[[0, 4]].any() and torch.equal(found[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+    assert "trainable_experts" not in experts.state_dict()
+    experts.freeze_experts([])
+    assert torch.equal(torch.autograd.grad(experts(hidden, plan).square().sum(), inputs)[1], whole[1])
+    with pytest.raises(ValueError, match="ids: expected ids of 6 experts, got 6"):
+        experts.freeze_experts([6])

@@ -15,9 +15,9 @@ from moe_ext.nn import LoRAExperts, LoRAMLPExperts
 T, H, WIDTH, E, RANK, K = 23, 12, 20, 5, 3, 2
 
 
-def make_experts(**settings) -> LoRAExperts:
+def make_experts(rank: int = RANK, **settings) -> LoRAExperts:
     torch.manual_seed(0)
-    experts = LoRAExperts(E, H, WIDTH, RANK, alpha=6.0, **settings).double()
+    experts = LoRAExperts(E, H, WIDTH, rank, alpha=6.0, **settings).double()
     nn.init.normal_(experts.lora_b)
     return experts
 
@@ -77,13 +77,42 @@ def trained(module: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
+@pytest.mark.parametrize("rank", [RANK, 30])  # token by token, and as grouped products
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_adapters(routing, backend):
-    experts = make_experts(backend=backend)
+def test_adapters(routing, rank, backend):
+    experts = make_experts(rank, backend=backend)
     hidden, weights, ids = make_inputs(routing)
     output = experts(hidden, moe_ext.routing_plan(ids, E), weights)
     expected = mixture(one_adapter(experts), hidden, weights, ids, WIDTH)
     assert_same(output, expected, [hidden, weights, *experts.parameters()])
+
+
+@pytest.mark.parametrize("rank", [RANK, 30])
+def test_adapters_without_weights_and_over_capacity(rank):
+    """What a plan leaves out adds nothing; its slots' weights get gradient zero."""
+    experts = make_experts(rank)
+    hidden, weights, ids = make_inputs("zipf")
+    plan = moe_ext.routing_plan(ids, E, capacity=4, row_alignment=8)
+    kept = torch.where(plan.slot_to_permuted.view(ids.shape) >= 0, ids, -1)
+    assert 0 < (kept < 0).sum() < kept.numel() and torch.equal(plan.topk_ids(T, weights), kept.int())
+    for given in (weights, None):
+        gates = torch.ones_like(weights) if given is None else weights
+        expected = mixture(one_adapter(experts), hidden, gates, kept, WIDTH)
+        leaves = [hidden, *experts.parameters(), *([] if given is None else [weights])]
+        assert_same(experts(hidden, plan, given), expected, leaves)
+
+
+def test_few_ranks_run_token_by_token():
+    """Sorted rows are for many ranks only: by type, and by the ranks of all experts together."""
+    hidden, weights, ids = make_inputs("uniform")
+    plan = moe_ext.routing_plan(ids, E)
+    for rank, dtype, grouped in ((8, torch.bfloat16, 0), (9, torch.bfloat16, 2), (16, torch.float32, 0), (17, torch.float32, 2), (26, torch.float64, 2)):  # fmt: skip
+        experts = make_experts(rank).to(dtype)
+        with torch.profiler.profile() as profile:
+            experts(hidden.to(dtype), plan, weights.to(torch.promote_types(dtype, torch.float32)))
+        names = [event.name for event in profile.events()]
+        assert names.count("moe_ext::grouped_gemm") == grouped, (rank, dtype)
+        assert names.count("moe_ext::low_rank_experts") == (0 if grouped else 1)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])

@@ -10,7 +10,15 @@ import torch
 import moe_ext
 from cases import ROUTINGS, make_rows, make_topk_ids, make_topk_weights, non_contiguous
 from compare import relative_error
-from moe_ext.nn import TopKRouter, cv_squared, dense_weights, expert_importance, smooth_load, update_selection_bias
+from moe_ext.nn import (
+    TopKRouter,
+    cv_squared,
+    dense_weights,
+    device_balance_losses,
+    expert_importance,
+    smooth_load,
+    update_selection_bias,
+)
 
 
 def test_cv_squared_by_hand():
@@ -47,6 +55,59 @@ def test_dense_weights_and_importance(routing):
     (grad,) = torch.autograd.grad(importance @ coefficients, weights)
     here = (ids >= 0) & (ids < 7)
     assert torch.equal(grad, torch.where(here, coefficients[ids.clamp(0, 6).long()], 0.0))
+
+
+def device_losses_written_out(logits, ids, num_devices, devices_per_token, score, mask):
+    """Device by device and token by token, as in DeepSeekMoE 3.3.2 and DeepSeek-V2 2.2.3."""
+    num_experts = logits.shape[1]
+    size, topk = num_experts // num_devices, ids.shape[1]
+    scores = score(logits)
+    scores = (scores / scores.sum(1, keepdim=True))[mask]
+    computation = communication = 0.0
+    for device in range(num_devices):
+        experts = range(device * size, (device + 1) * size)
+        counted = [row for row, kept in zip(ids.tolist(), mask.tolist(), strict=True) if kept]
+        loads = [num_experts / (topk * len(counted)) * sum(row.count(e) for row in counted) for e in experts]
+        sent = num_devices / (devices_per_token * len(counted)) * sum(any(e in row for e in experts) for row in counted)
+        probability = sum(scores[:, e].mean() for e in experts)
+        computation = computation + sum(loads) / size * probability
+        communication = communication + sent * probability
+    return computation, communication
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_device_balance_losses(routing, score):
+    logits = make_rows(33, 12, dtype=torch.float64).requires_grad_()
+    ids, mask = make_topk_ids(33, 12, 4, routing), torch.arange(33) % 5 != 2
+    ids[3] = torch.tensor([-1, 12, 0, 1])
+    function = {"softmax": lambda x: torch.softmax(x, 1), "sigmoid": torch.sigmoid}[score]
+    for devices, most, token_mask in ((4, 3, None), (3, None, mask), (1, None, None)):
+        found = device_balance_losses(
+            logits, ids, devices, devices_per_token=most, score_function=score, token_mask=token_mask
+        )
+        every = torch.ones(33, dtype=torch.bool) if token_mask is None else token_mask
+        exact = device_losses_written_out(logits, ids, devices, most or min(4, devices), function, every)
+        for ours, theirs in zip(found, exact, strict=True):
+            assert relative_error(ours, theirs) < 1e-12
+            grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (ours, theirs)]
+            assert (grads[0] - grads[1]).abs().max() < 1e-14
+
+
+def test_device_balance_losses_of_even_devices_are_one_and_masked_tokens_are_not_looked_at():
+    logits = torch.zeros(8, 8)
+    ids = torch.tensor([[0, 2], [1, 3], [4, 6], [5, 7]]).repeat(2, 1)
+    for loss in device_balance_losses(logits, ids, 4):
+        assert math.isclose(loss.item(), 1.0, rel_tol=1e-6)
+    crowded = device_balance_losses(logits + 5 * (torch.arange(8) < 2), ids * 0 + torch.arange(2), 4)
+    assert crowded[0] > 3.5 and crowded[1] > 1.7
+    logits[3] = float("nan")
+    logits.requires_grad_()
+    for loss in device_balance_losses(logits, ids, 4, token_mask=torch.arange(8) != 3):
+        (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert loss.isfinite() and grad.isfinite().all() and not grad[3].any()
+    with pytest.raises(ValueError, match="num_devices: expected a divisor of 8 experts, got 3"):
+        device_balance_losses(logits, ids, 3)
 
 
 def test_dense_weights_names_the_argument():

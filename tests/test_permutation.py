@@ -50,6 +50,19 @@ def test_unpermute(shape, routing, dtype, weighted, device):
     assert_deterministic(moe_ext.unpermute, (rows, *maps, topk, weights), [grad])
 
 
+@pytest.mark.parametrize("hidden_size", [8, 13])
+def test_a_dropped_slot_weighs_nothing_whatever_the_gradient(hidden_size, device):
+    """Zero, not the NaN of a product of zero and infinity, as a loss scaler brings it."""
+    shape = (33, hidden_size, 0, 7, 2)
+    maps = make_plan(shape, "dropped", device)
+    rows = make_rows(maps[0].numel(), hidden_size, dtype=torch.float32, device=device)
+    weights = make_topk_weights(33, 2, device).requires_grad_()
+    output = moe_ext.unpermute(rows, *maps, 2, weights)
+    (grad,) = torch.autograd.grad(output, weights, torch.full_like(output, torch.inf))
+    dropped = maps[1].view(33, 2) < 0
+    assert dropped.any() and not grad[dropped].any() and not grad[~dropped].isfinite().any()
+
+
 @pytest.mark.parametrize("hidden_size", [8, 1024, 1032, 4099])
 def test_wide_rows(hidden_size, device):
     """Rows longer than one segment of the CUDA kernels, and odd ones."""

@@ -44,6 +44,13 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// Lets `kernel` have so much dynamic shared memory, more than 48 KiB too, at its next launch on the current device. No
+// stream operation: allowed under capture.
+template <typename... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 }  // namespace moe_ext
 #endif
 

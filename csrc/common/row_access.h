@@ -38,8 +38,8 @@ struct RowGrid {
       : row_vectors(row_vectors), segments(static_cast<int>(ceil_div(row_vectors, segment_vectors))) {
     const int64_t resident = resident_warps * multiprocessor_count(like);
     const int64_t x = std::min(ceil_div(items, warps_per_block), ceil_div(kWavesPerGrid * resident, warps_per_block));
-    const int64_t y =
-        std::clamp<int64_t>(resident / std::max<int64_t>(items, 1), 1, std::min<int64_t>(segments, 65535));
+    const int64_t y = std::max<int64_t>(
+        std::min<int64_t>({resident / std::max<int64_t>(items, 1), static_cast<int64_t>(segments), 65535}), 1);
     blocks = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
   }
   bool empty() const { return blocks.x == 0 || segments == 0; }

@@ -77,11 +77,11 @@ void DownGradient::run(const Product& product, const Rows& rows, const Tile& til
                           rows.dots + sums.row * rows.panels + first / kernels_.panel_cols, rows.panels, activation_);
     for (int i = 0; i < num_pieces; ++i) {
       kernels_.finish(pieces[i].block, kStride, sums.rows, pieces[i].cols, nullptr,
-                      rows.grad_pre_activation + sums.row * stride + pieces[i].col * element, stride, false);
+                      rows.grad_pre_activation + sums.row * stride + pieces[i].col * element, stride);
     }
     const int64_t output_stride = activation_.output_width(width_) * element;
     kernels_.finish(sums.sums, sums.stride, sums.rows, sums.cols, nullptr,
-                    rows.activated + sums.row * output_stride + first * element, output_stride, false);
+                    rows.activated + sums.row * output_stride + first * element, output_stride);
   });
 }
 
@@ -108,7 +108,7 @@ void DownGradient::sum_rows(const char* rows, int64_t num_rows, int64_t cols, ch
       kernels_.widen(rows + (row * cols + first) * element, 0, 1, count, values, 0);
       add_to_rows(sums, 0, 1, count, values, is_double_);
     }
-    kernels_.finish(sums, 0, 1, count, nullptr, output + first * element, 0, false);
+    kernels_.finish(sums, 0, 1, count, nullptr, output + first * element, 0);
   }
 }
 

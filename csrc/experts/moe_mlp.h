@@ -3,8 +3,8 @@
 //   output = sum over a token's rows of topk_weight * (activation(H) @ down + down_bias), in fp32
 // moe_mlp_backward needs input, H and the plan; nothing else of size [M, ...] is kept. Of experts that
 // trainable_experts leaves out it returns zeros for the weights, without a product; their biases' gradients it leaves
-// to the caller. On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); moe_mlp_compose.h makes CUDA's
-// of grouped GEMMs and row kernels.
+// to the caller. On the CPU both are fused (moe_mlp_cpu.cpp, moe_mlp_backward_cpu.cpp); CUDA's are
+// composed of grouped GEMMs and row kernels.
 #pragma once
 
 #include <tuple>
@@ -65,14 +65,16 @@ inline MlpShape check_moe_mlp(const Tensor& input, const Tensor& gate_up_weight,
   check_weight(
       gate_up_weight, "gate_up_weight",
       enk ? "[num_experts, gate and up columns, hidden_size]" : "[num_experts, hidden_size, gate and up columns]");
-  check_size(gate_up_weight, "gate_up_weight", enk ? 2 : 1, shape.hidden_size, "hidden_size, as in input");
+  const char* as_in_input =
+      enk ? "hidden_size, as in input, for layout enk" : "hidden_size, as in input, for layout ekn";
+  check_size(gate_up_weight, "gate_up_weight", enk ? 2 : 1, shape.hidden_size, as_in_input);
   shape.gate_up_width = gate_up_weight.size(enk ? 1 : 2);
   shape.activation =
       check_activation(activation, gate_up_layout, activation_alpha, activation_limit, false, shape.gate_up_width);
   shape.intermediate_size = shape.activation.output_width(shape.gate_up_width);
   check_weight(down_weight, "down_weight",
                enk ? "[num_experts, hidden_size, intermediate_size]" : "[num_experts, intermediate_size, hidden_size]");
-  check_size(down_weight, "down_weight", enk ? 1 : 2, shape.hidden_size, "hidden_size, as in input");
+  check_size(down_weight, "down_weight", enk ? 1 : 2, shape.hidden_size, as_in_input);
   check_size(down_weight, "down_weight", enk ? 2 : 1, shape.intermediate_size,
              "intermediate_size, from the columns of gate_up_weight and the activation");
   const auto check_bias = [&](const std::optional<Tensor>& bias, const char* name, int64_t width, const char* meaning) {

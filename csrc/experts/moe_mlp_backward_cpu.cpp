@@ -3,6 +3,7 @@
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
 #include "../common/optional_tensor.h"
+#include "../common/stream_rows.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "down_gradient.h"
 #include "expert_pipeline.h"
@@ -10,9 +11,6 @@
 
 namespace moe_ext::cpu {
 namespace {
-
-// Outputs larger than the caches are written past them.
-constexpr int64_t kStreamedBytes = 64 << 20;
 
 enum Stage : int32_t { kActivation, kDownWeight, kGateUpWeight, kInputRows, kRowSums };
 
@@ -87,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   }
   clear_unused_experts(grad_gate_up, boundaries, trains);
   clear_unused_experts(grad_down, boundaries, trains);
-  const bool stream = static_cast<int64_t>(grad_gate_up.numel()) * size > kStreamedBytes;
+  const bool stream = static_cast<int64_t>(grad_gate_up.numel() + grad_down.numel()) * size >= kStreamedBytes;
 
   // What a stage multiplies; the rows that it reads or writes need no memory yet to be cut into tiles.
   const auto product_of = [&](int32_t stage, const Group& group, const char* activated_rows,
@@ -152,11 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     const DownGradient::Rows rows = rows_of(task.group);
     const Product product = product_of(task.kind, group, rows.activated, rows.grad_pre_activation);
     const auto write = [&](char* output, bool past_caches) {
-      multiply_tile(product, tile, kernels, [&](const TileSums& sums) {
-        const int64_t stride = product.right.cols * size;
-        kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols, nullptr,
-                       output + sums.row * stride + sums.col * size, stride, past_caches);
-      });
+      multiply_tile(product, tile, kernels, Output{output, nullptr, past_caches});
     };
     switch (task.kind) {
       case kActivation: down_gradient.run(product, rows, tile); break;

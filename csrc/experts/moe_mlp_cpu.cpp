@@ -87,10 +87,7 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
       return;
     }
     const char* bias = added_out ? added_out + group.expert * hidden * size : nullptr;
-    multiply_tile(down_product(group, activated_rows), tile, kernels, [&](const TileSums& sums) {
-      kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols, bias ? bias + sums.col * size : nullptr,
-                     out + ((group.begin + sums.row) * hidden + sums.col) * size, hidden * size, false);
-    });
+    multiply_tile(down_product(group, activated_rows), tile, kernels, Output{out + group.begin * hidden * size, bias});
   });
   return {unpermute(rows, permuted_to_slot, slot_to_permuted, topk_weights, topk), pre_activation};
 }

@@ -40,7 +40,7 @@ struct UpProjection {
         }
         if (pre_activation) {
           kernels.finish(half, sums.stride, sums.rows, sums.cols, nullptr,
-                         pre_activation + (sums.row * width + col) * element, width * element, false);
+                         pre_activation + (sums.row * width + col) * element, width * element);
         }
       }
       const bool interleaved = activation.gated() && !sums.pair;
@@ -49,7 +49,7 @@ struct UpProjection {
       blocks.activate(sums.sums, up, sums.stride, buffer, kMaxPanelCols, sums.rows, cols, activation);
       const int64_t output_width = activation.output_width(width), col = sums.col / halves;
       kernels.finish(buffer, kMaxPanelCols, sums.rows, cols, nullptr,
-                     activated + (sums.row * output_width + col) * element, output_width * element, false);
+                     activated + (sums.row * output_width + col) * element, output_width * element);
     });
   }
 };

@@ -61,7 +61,10 @@ __global__ void __launch_bounds__(kCountThreads)
     }
     int counted = !mask && first == 0 ? static_cast<int>(length) : 0;
     for (int64_t token = first; mask && token < length; token += stride) counted += mask[token];
-    if (counted > 0) atomicAdd(&num_counted[sequence], counted);
+    // One addition per warp: all of a sequence meet in one word.
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) counted += __shfl_xor_sync(kFullMask, counted, offset);
+    if (threadIdx.x % kWarpSize == 0 && counted > 0) atomicAdd(&num_counted[sequence], counted);
     if (!in_shared) continue;
     __syncthreads();
     for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) {

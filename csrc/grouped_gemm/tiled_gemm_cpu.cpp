@@ -2,15 +2,10 @@
 
 #include <algorithm>
 
+#include "../common/stream_rows.h"
 #include "cpu/tile_queue.h"
 
 namespace moe_ext::cpu {
-namespace {
-
-// Outputs larger than the caches are written past them.
-constexpr int64_t kStreamedBytes = 64 << 20;
-
-}  // namespace
 
 void tiled_gemm(const std::vector<GemmProblem>& problems, ScalarType dtype, ScalarType output_dtype) {
   const GemmKernels& kernels = choose_kernels(dtype, output_dtype);
@@ -30,15 +25,10 @@ void tiled_gemm(const std::vector<GemmProblem>& problems, ScalarType dtype, Scal
     const TileGrid grid({p.left, p.right}, static_cast<int64_t>(problems.size()), kernels);
     queue.add(0, static_cast<int32_t>(i), grid, TileQueue::kNone, TileQueue::kNone);
   }
-  const bool stream = output_bytes > kStreamedBytes;
+  const bool stream = output_bytes >= kStreamedBytes;
   queue.run(multiply_adds, [&](const TileQueue::Task& task) {
     const GemmProblem& p = problems[task.group];
-    multiply_tile({p.left, p.right}, task.tile, kernels, [&](const TileSums& sums) {
-      const int64_t stride = p.right.cols * kernels.output_bytes;
-      kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols,
-                     p.bias ? p.bias + sums.col * kernels.element_bytes : nullptr,
-                     p.output + sums.row * stride + sums.col * kernels.output_bytes, stride, stream);
-    });
+    multiply_tile({p.left, p.right}, task.tile, kernels, Output{p.output, p.bias, stream});
   });
 }
 

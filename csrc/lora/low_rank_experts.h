@@ -9,6 +9,7 @@
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
@@ -27,6 +28,36 @@ struct LowRankShape {
   // The op that takes gradients back to the input.
   LowRankShape transposed() const { return {num_tokens, out_features, in_features, num_experts, rank, topk}; }
 };
+
+// Which gradients low_rank_experts_backward computes: output_mask, in the order of its results. What is not asked for
+// comes back empty and costs nothing.
+struct LowRankGradientMask {
+  bool input, lora_a, lora_b, topk_weights;
+
+  // Do the dot products of grad_output with the rows of lora_b matter?
+  bool back() const { return input || lora_a || topk_weights; }
+};
+
+inline LowRankGradientMask check_low_rank_output_mask(const std::vector<bool>& output_mask) {
+  MOE_CHECK(output_mask.size() == 4, "output_mask: expected 4 entries, one for each gradient, got ",
+            output_mask.size());
+  return {output_mask[0], output_mask[1], output_mask[2], output_mask[3]};
+}
+
+struct LowRankGradients {
+  Tensor input, lora_a, lora_b, topk_weights;
+  Tensor back;  // [T, K * r]: the dot products with grad_output
+};
+
+inline LowRankGradients new_low_rank_gradients(const LowRankShape& shape, const LowRankGradientMask& wanted,
+                                               const Tensor& input, const Tensor& topk_weights) {
+  using torch::stable::new_empty;
+  return {new_empty(input, {wanted.input ? shape.num_tokens : 0, shape.in_features}),
+          new_empty(input, {wanted.lora_a ? shape.num_experts : 0, shape.rank, shape.in_features}),
+          new_empty(input, {wanted.lora_b ? shape.num_experts : 0, shape.rank, shape.out_features}),
+          new_empty(topk_weights, {wanted.topk_weights ? shape.num_tokens : 0, shape.topk}),
+          new_empty(topk_weights, {wanted.back() ? shape.num_tokens : 0, shape.components()})};
+}
 
 // A token's components stand in shared memory on CUDA, 4 bytes each.
 constexpr int64_t kMostComponents = 8192;
@@ -86,7 +117,7 @@ inline LowRankShape check_low_rank_experts_backward(const Tensor& grad_output, c
   std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(                                           \
       const Tensor& grad_output, const Tensor& input, const Tensor& lora_a, const Tensor& lora_b,                 \
       const Tensor& topk_ids, const Tensor& topk_weights, const Tensor& projection, const Tensor& expert_offsets, \
-      const Tensor& permuted_to_slot);
+      const Tensor& permuted_to_slot, std::vector<bool> output_mask);
 namespace cpu {
 MOE_DECLARE_LOW_RANK_EXPERTS
 }

@@ -1,5 +1,8 @@
-// Tokens are taken kTokenBlock at a time, and of those kColumnSlab columns at a time: the slab of the weights' rows
-// stays in L2 while the block's tokens pick theirs.
+// Tokens are taken kTokenBlock at a time, and of those kSlab columns at a time: the slab of the weights' rows stays in
+// L1 or L2 while the block's tokens pick theirs. Where tokens use a row often enough the slabs are copied in the type
+// of the sums. Only the picked rows are multiplied, one load for each multiply-add, which is what a core can do of
+// both: a masked product of all E r rows multiplies E / K times as much, and sorted rows have to be written and added
+// up.
 #include "low_rank_experts.h"
 
 #include <torch/csrc/stable/library.h>
@@ -9,14 +12,17 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/weighted_rows.h"
+#include "../common/cpu_parallel.h"
+#include "../common/host_device.h"
 #include "../grouped_gemm/groups.h"
 
 namespace moe_ext::cpu {
 namespace {
 
 constexpr int64_t kTokenBlock = 64;
-constexpr int64_t kColumnSlab = 512;
+constexpr int64_t kSlab = 128;
+// From so many uses of a row of the weights on it pays to copy them.
+constexpr int64_t kUsesPerCopy = 32;
 // Sixteen (of float64 eight) independent partial sums: one vector, and an order that does not depend on threads.
 constexpr int64_t kLaneBytes = 64;
 template <typename T>
@@ -44,38 +50,195 @@ MOE_HOST_DEVICE_INLINE void load_lanes(const scalar_t* source, Lanes<acc_t>& lan
   }
 }
 
-// dots[i] += rows[i][first : first + columns] . x for `count` rows.
-template <int count, typename scalar_t, typename acc_t>
-MOE_HOST_DEVICE_INLINE void add_dots(const acc_t* x, const scalar_t* const* rows, int64_t first, int64_t columns,
-                                     acc_t* dots) {
+// The sum of all lanes, halves on halves.
+template <typename acc_t>
+MOE_HOST_DEVICE_INLINE acc_t fold(const Lanes<acc_t>& lanes) {
+  acc_t values[kLanes<acc_t>];
+  std::memcpy(values, &lanes, sizeof(lanes));
+  for (int64_t half = kLanes<acc_t> / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) values[l] += values[l + half];
+  }
+  return values[0];
+}
+
+// totals[i] += the sum of all lanes of sums[i], four at once.
+template <typename acc_t>
+MOE_HOST_DEVICE_INLINE void fold_four(const Lanes<acc_t>* sums, acc_t* totals) {
+  if constexpr (kLanes<acc_t> == 16) {
+    Lanes<acc_t> a, b, quarters;
+    const auto add_halves = [](const Lanes<acc_t>& first, const Lanes<acc_t>& second, Lanes<acc_t>& out) {
+      out = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+            __builtin_shufflevector(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    };
+    add_halves(sums[0], sums[1], a);
+    add_halves(sums[2], sums[3], b);
+    quarters = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    quarters += __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    quarters += __builtin_shufflevector(quarters, quarters, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    for (int i = 0; i < 4; ++i) totals[i] += quarters[4 * i];
+  } else {
+    for (int i = 0; i < 4; ++i) totals[i] += fold<acc_t>(sums[i]);
+  }
+}
+
+// Rows that tokens pick from: [E * r, width] as it lies, or a copy in the type of the sums, slab after slab of kSlab
+// columns. Rows of a slab are adjacent there: rows a power of two apart would fall on the same lines of L1.
+template <typename weight_t>
+struct WeightRows {
+  const weight_t* data;
+  int64_t row_stride, column_stride;
+
+  const weight_t* slab(int64_t first_column) const { return data + first_column * column_stride; }
+};
+
+// The rows that a block of tokens picks: those of token t are picked[first[t]] ... picked[first[t + 1] - 1].
+template <typename acc_t>
+struct Picks {
+  int64_t tokens;
+  int64_t first[kTokenBlock + 1];
+  std::vector<int64_t> rows;
+  std::vector<acc_t> dots, factors;
+};
+
+// dots[i] += weights' row picked[i] . x
+template <int count, typename weight_t, typename acc_t>
+MOE_HOST_DEVICE_INLINE void add_dots(const acc_t* x, const WeightRows<weight_t>& weights, const weight_t* slab,
+                                     const int64_t* picked, int64_t columns, acc_t* dots) {
   constexpr int64_t kStep = kLanes<acc_t>;
+  const weight_t* rows[count];
+  for (int i = 0; i < count; ++i) rows[i] = slab + picked[i] * weights.row_stride;
   Lanes<acc_t> sums[count] = {};
   int64_t c = 0;
   for (; c + kStep <= columns; c += kStep) {
     Lanes<acc_t> mine, row;
     load_lanes<acc_t>(x + c, mine);
     for (int i = 0; i < count; ++i) {
-      load_lanes<acc_t>(rows[i] + first + c, row);
+      load_lanes<acc_t>(rows[i] + c, row);
       sums[i] += mine * row;
     }
   }
-  for (int i = 0; i < count; ++i) {
-    acc_t dot = 0;
-    for (int64_t l = 0; l < kStep; ++l) dot += sums[i][l];
-    for (int64_t at = c; at < columns; ++at) dot += x[at] * static_cast<acc_t>(rows[i][first + at]);
-    dots[i] += dot;
+  if constexpr (count == 4) {
+    fold_four<acc_t>(sums, dots);
+  } else {
+    for (int i = 0; i < count; ++i) dots[i] += fold<acc_t>(sums[i]);
+  }
+  for (; c < columns; ++c) {
+    for (int i = 0; i < count; ++i) dots[i] += x[c] * static_cast<acc_t>(rows[i][c]);
   }
 }
 
-// One token's dot products with `count` rows, over one slab of columns.
-template <typename scalar_t, typename acc_t>
-MOE_CPU_CLONES void add_slab(const scalar_t* x, const scalar_t* const* rows, int64_t count, int64_t first,
-                             int64_t columns, acc_t* dots) {
-  acc_t wide[kColumnSlab];
-  for (int64_t c = 0; c < columns; ++c) wide[c] = static_cast<acc_t>(x[first + c]);
+// Dot products of a block's tokens, over one slab of columns of x [tokens, width].
+template <typename scalar_t, typename weight_t>
+MOE_CPU_CLONES void project_slab(const scalar_t* x, int64_t width, const WeightRows<weight_t>& weights, int64_t first,
+                                 int64_t columns, Picks<accumulate_t<scalar_t>>& picks) {
+  using acc_t = accumulate_t<scalar_t>;
+  const weight_t* slab = weights.slab(first);
+  acc_t wide[kSlab];
+  for (int64_t t = 0; t < picks.tokens; ++t) {
+    const scalar_t* narrow = x + t * width + first;
+    const acc_t* row = wide;
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      row = narrow;
+    } else {
+      for (int64_t c = 0; c < columns; ++c) wide[c] = static_cast<acc_t>(narrow[c]);
+    }
+    int64_t i = picks.first[t];
+    const int64_t end = picks.first[t + 1];
+    const int64_t* rows = picks.rows.data();
+    acc_t* dots = picks.dots.data();
+    for (; i + 4 <= end; i += 4) add_dots<4>(row, weights, slab, rows + i, columns, dots + i);
+    for (; i < end; ++i) add_dots<1>(row, weights, slab, rows + i, columns, dots + i);
+  }
+}
+
+// sums[c ...] = the picked rows times their factors, `vectors` vectors from column c on.
+template <int vectors, typename weight_t, typename acc_t>
+MOE_HOST_DEVICE_INLINE void expand_columns(const WeightRows<weight_t>& weights, const weight_t* slab,
+                                           const int64_t* picked, const acc_t* factors, int64_t count, int64_t c,
+                                           acc_t* sums) {
+  constexpr int64_t kStep = kLanes<acc_t>;
+  Lanes<acc_t> total[vectors] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const weight_t* row = slab + picked[i] * weights.row_stride + c;
+    const acc_t factor = factors[i];
+    for (int v = 0; v < vectors; ++v) {
+      Lanes<acc_t> values;
+      load_lanes<acc_t>(row + v * kStep, values);
+      total[v] += factor * values;
+    }
+  }
+  for (int v = 0; v < vectors; ++v) std::memcpy(sums + c + v * kStep, &total[v], kLaneBytes);
+}
+
+// One slab of columns of output [tokens, width].
+template <typename scalar_t, typename weight_t>
+MOE_CPU_CLONES void expand_slab(const WeightRows<weight_t>& weights, int64_t first, int64_t columns,
+                                const Picks<accumulate_t<scalar_t>>& picks, scalar_t* output, int64_t width) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t kStep = kLanes<acc_t>;
+  const weight_t* slab = weights.slab(first);
+  acc_t sums[kSlab];
+  for (int64_t t = 0; t < picks.tokens; ++t) {
+    const int64_t begin = picks.first[t], count = picks.first[t + 1] - begin;
+    const int64_t* rows = picks.rows.data() + begin;
+    const acc_t* factors = picks.factors.data() + begin;
+    int64_t c = 0;
+    for (; c + 4 * kStep <= columns; c += 4 * kStep) expand_columns<4>(weights, slab, rows, factors, count, c, sums);
+    for (; c + kStep <= columns; c += kStep) expand_columns<1>(weights, slab, rows, factors, count, c, sums);
+    for (; c < columns; ++c) {
+      sums[c] = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        sums[c] += factors[i] * static_cast<acc_t>(slab[rows[i] * weights.row_stride + c]);
+      }
+    }
+    for (c = 0; c < columns; ++c) output[t * width + first + c] = static_cast<scalar_t>(sums[c]);
+  }
+}
+
+// sums[i][c ...] += factors[n * rank + i] * rows[n][c ...] over n, for `ranks` i and `vectors` vectors.
+template <int ranks, int vectors, typename acc_t>
+MOE_HOST_DEVICE_INLINE void add_outer(const acc_t* rows, const acc_t* factors, int64_t count, int64_t rank,
+                                      acc_t* sums) {
+  constexpr int64_t kStep = kLanes<acc_t>;
+  Lanes<acc_t> total[ranks][vectors];
+  for (int i = 0; i < ranks; ++i) {
+    for (int v = 0; v < vectors; ++v) load_lanes<acc_t>(sums + i * kSlab + v * kStep, total[i][v]);
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    Lanes<acc_t> row[vectors];
+    for (int v = 0; v < vectors; ++v) load_lanes<acc_t>(rows + n * kSlab + v * kStep, row[v]);
+    for (int i = 0; i < ranks; ++i) {
+      const acc_t factor = factors[n * rank + i];
+      for (int v = 0; v < vectors; ++v) total[i][v] += factor * row[v];
+    }
+  }
+  for (int i = 0; i < ranks; ++i) {
+    for (int v = 0; v < vectors; ++v) std::memcpy(sums + i * kSlab + v * kStep, &total[i][v], kLaneBytes);
+  }
+}
+
+// sums [rank, kSlab] += factors^T [rank, count] @ rows [count, kSlab]
+template <typename acc_t>
+MOE_CPU_CLONES void add_outer_products(const acc_t* rows, const acc_t* factors, int64_t count, int64_t rank,
+                                       acc_t* sums) {
+  constexpr int64_t kStep = kLanes<acc_t>;
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) add_dots<4>(wide, rows + i, first, columns, dots + i);
-  for (; i < count; ++i) add_dots<1>(wide, rows + i, first, columns, dots + i);
+  for (; i + 4 <= rank; i += 4) {
+    for (int64_t c = 0; c < kSlab; c += 2 * kStep) {
+      add_outer<4, 2>(rows + c, factors + i, count, rank, sums + i * kSlab + c);
+    }
+  }
+  for (; i < rank; ++i) {
+    for (int64_t c = 0; c < kSlab; c += 4 * kStep) {
+      add_outer<1, 4>(rows + c, factors + i, count, rank, sums + i * kSlab + c);
+    }
+  }
+}
+
+template <typename from_t, typename to_t>
+MOE_CPU_CLONES void convert(const from_t* from, int64_t count, to_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
 }
 
 template <typename scalar_t>
@@ -105,94 +268,126 @@ class Chosen {
   const acc_t* weights_;
 };
 
-// projection [T, K * r] = the dot products of x [T, H] with the chosen rows of down [E * r, H], zero where none is
-// chosen; output [T, O] = the sum of the chosen rows of up [E * r, O], each times its dot product and its weight.
+// weight [num_rows, width] slab after slab, for WeightRows; columns beyond the width are left as they are.
 template <typename scalar_t>
+Tensor copy_slabs(const Tensor& weight, int64_t num_rows, int64_t width) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t slabs = (width + kSlab - 1) / kSlab;
+  Tensor copy = torch::stable::new_empty(weight, {slabs, num_rows, kSlab}, router_dtype(weight.scalar_type()));
+  const auto* from = weight.const_data_ptr<scalar_t>();
+  auto* to = copy.mutable_data_ptr<acc_t>();
+  parallel_rows(slabs, num_rows * kSlab * static_cast<int64_t>(sizeof(acc_t)), [&](int64_t begin, int64_t end) {
+    for (int64_t slab = begin; slab < end; ++slab) {
+      const int64_t first = slab * kSlab, columns = std::min(kSlab, width - first);
+      for (int64_t row = 0; row < num_rows; ++row) {
+        convert(from + row * width + first, columns, to + (slab * num_rows + row) * kSlab);
+      }
+    }
+  });
+  return copy;
+}
+
+// projection [T, K * r] = the dot products of x [T, H] with the chosen rows of down [E * r, H], zero where none is
+// chosen; output [T, O], unless null, = the sum of the chosen rows of up [E * r, O], each times its dot product and its
+// weight.
+template <typename scalar_t, typename weight_t>
 void project_and_expand(const LowRankShape& shape, const Chosen<scalar_t>& chosen, const scalar_t* x,
-                        const scalar_t* down, const scalar_t* up, accumulate_t<scalar_t>* projection,
-                        scalar_t* output) {
+                        const WeightRows<weight_t>& down, const WeightRows<weight_t>& up,
+                        accumulate_t<scalar_t>* projection, scalar_t* output) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t components = shape.components();
   const int64_t bytes_per_token =
       (components + 1) * (shape.in_features + shape.out_features) * static_cast<int64_t>(sizeof(scalar_t));
   parallel_rows(shape.num_tokens, bytes_per_token, [&](int64_t begin, int64_t end) {
-    // Of a block of tokens: the chosen rows' numbers, packed token by token, and their dot products.
-    std::vector<const scalar_t*> rows(kTokenBlock * components);
-    std::vector<acc_t> dots(kTokenBlock * components);
-    std::vector<WeightedRow<scalar_t>> weighted(kTokenBlock * components), slab(components);
-    int64_t first_row[kTokenBlock + 1];
+    Picks<acc_t> picks;
+    picks.rows.resize(kTokenBlock * components);
+    picks.dots.resize(kTokenBlock * components);
+    picks.factors.resize(kTokenBlock * components);
     for (int64_t block = begin; block < end; block += kTokenBlock) {
-      const int64_t tokens = std::min(kTokenBlock, end - block);
+      picks.tokens = std::min(kTokenBlock, end - block);
       int64_t count = 0;
-      for (int64_t t = 0; t < tokens; ++t) {
-        first_row[t] = count;
+      for (int64_t t = 0; t < picks.tokens; ++t) {
+        picks.first[t] = count;
         for (int64_t slot = (block + t) * shape.topk; slot < (block + t + 1) * shape.topk; ++slot) {
           const int64_t expert = chosen.expert(slot);
           if (expert < 0) continue;
           for (int64_t i = 0; i < shape.rank; ++i, ++count) {
-            rows[count] = down + (expert * shape.rank + i) * shape.in_features;
-            weighted[count] = {up + (expert * shape.rank + i) * shape.out_features, chosen.weight(slot)};
+            picks.rows[count] = expert * shape.rank + i;
+            picks.factors[count] = chosen.weight(slot);
           }
         }
       }
-      first_row[tokens] = count;
-      std::fill(dots.begin(), dots.begin() + count, acc_t(0));
-      for (int64_t first = 0; first < shape.in_features; first += kColumnSlab) {
-        const int64_t columns = std::min(kColumnSlab, shape.in_features - first);
-        for (int64_t t = 0; t < tokens; ++t) {
-          add_slab(x + (block + t) * shape.in_features, rows.data() + first_row[t], first_row[t + 1] - first_row[t],
-                   first, columns, dots.data() + first_row[t]);
-        }
+      picks.first[picks.tokens] = count;
+      std::fill(picks.dots.begin(), picks.dots.begin() + count, acc_t(0));
+      for (int64_t first = 0; first < shape.in_features; first += kSlab) {
+        const int64_t columns = std::min(kSlab, shape.in_features - first);
+        project_slab(x + block * shape.in_features, shape.in_features, down, first, columns, picks);
       }
-      for (int64_t t = 0; t < tokens; ++t) {
-        acc_t* kept = projection + (block + t) * components;
-        int64_t at = first_row[t];
-        for (int64_t j = 0; j < shape.topk; ++j) {
-          const bool held = chosen.held((block + t) * shape.topk + j);
-          for (int64_t i = 0; i < shape.rank; ++i) kept[j * shape.rank + i] = held ? dots[at++] : acc_t(0);
-        }
+      acc_t* kept = projection + block * components;
+      for (int64_t slot = 0, at = 0; slot < picks.tokens * shape.topk; ++slot) {
+        const bool held = chosen.held(block * shape.topk + slot);
+        for (int64_t i = 0; i < shape.rank; ++i) kept[slot * shape.rank + i] = held ? picks.dots[at++] : acc_t(0);
       }
-      for (int64_t i = 0; i < count; ++i) weighted[i].weight *= dots[i];
-      for (int64_t first = 0; first < shape.out_features; first += kColumnSlab) {
-        const int64_t columns = std::min(kColumnSlab, shape.out_features - first);
-        for (int64_t t = 0; t < tokens; ++t) {
-          const int64_t mine = first_row[t + 1] - first_row[t];
-          for (int64_t i = 0; i < mine; ++i) {
-            slab[i] = {weighted[first_row[t] + i].row + first, weighted[first_row[t] + i].weight};
-          }
-          sum_rows(slab.data(), mine, columns, output + (block + t) * shape.out_features + first);
-        }
+      if (!output) continue;
+      for (int64_t i = 0; i < count; ++i) picks.factors[i] *= picks.dots[i];
+      for (int64_t first = 0; first < shape.out_features; first += kSlab) {
+        const int64_t columns = std::min(kSlab, shape.out_features - first);
+        expand_slab(up, first, columns, picks, output + block * shape.out_features, shape.out_features);
       }
     }
   });
 }
 
-// grad_weight [E * r, width]: row e * r + i is the sum over e's slots of weight[slot] * factor[slot, i] * rows[token].
-// Column slabs outermost, so that a slab of `rows` stays in L2 while the experts pick theirs.
+template <typename scalar_t>
+void project_and_expand(const LowRankShape& shape, const Chosen<scalar_t>& chosen, const scalar_t* x,
+                        const Tensor& down, const Tensor& up, accumulate_t<scalar_t>* projection, scalar_t* output) {
+  if (shape.num_tokens * shape.topk < kUsesPerCopy * shape.num_experts) {
+    const WeightRows<scalar_t> from = {down.const_data_ptr<scalar_t>(), shape.in_features, 1};
+    const WeightRows<scalar_t> to = {up.const_data_ptr<scalar_t>(), shape.out_features, 1};
+    return project_and_expand(shape, chosen, x, from, to, projection, output);
+  }
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t num_rows = shape.num_experts * shape.rank;
+  const Tensor from = copy_slabs<scalar_t>(down, num_rows, shape.in_features);
+  const Tensor to = copy_slabs<scalar_t>(up, output ? num_rows : 0, shape.out_features);
+  project_and_expand(shape, chosen, x, WeightRows<acc_t>{from.const_data_ptr<acc_t>(), kSlab, num_rows},
+                     WeightRows<acc_t>{to.const_data_ptr<acc_t>(), kSlab, num_rows}, projection, output);
+}
+
+// grad_weight [E * r, width]: row e * r + i is the sum over e's slots of weight[slot] * factor[slot, i] * rows[token],
+// in the order of the slots. Column slabs outermost, so that a slab of `rows` stays in L2 while the experts pick
+// theirs.
 template <typename scalar_t>
 void sum_by_expert(const LowRankShape& shape, const Chosen<scalar_t>& chosen, const scalar_t* rows, int64_t width,
                    const accumulate_t<scalar_t>* factor, const std::vector<int64_t>& boundaries,
                    const int32_t* slot_of_row, scalar_t* grad_weight) {
-  const int64_t slabs = (width + kColumnSlab - 1) / kColumnSlab, num_slots = shape.num_tokens * shape.topk;
-  const int64_t bytes = num_slots * shape.rank * std::min(width, kColumnSlab) * static_cast<int64_t>(sizeof(scalar_t));
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t kSlotBlock = 64;
+  const int64_t slabs = (width + kSlab - 1) / kSlab, num_slots = shape.num_tokens * shape.topk, rank = shape.rank;
+  const int64_t bytes = num_slots * rank * std::min(width, kSlab) * static_cast<int64_t>(sizeof(scalar_t));
   parallel_rows(slabs * shape.num_experts, bytes / shape.num_experts, [&](int64_t begin, int64_t end) {
-    std::vector<WeightedRow<scalar_t>> terms;
-    std::vector<int64_t> slots;
+    std::vector<acc_t> picked(kSlotBlock * kSlab), factors(kSlotBlock * rank), sums(rank * kSlab);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t expert = item % shape.num_experts, first = item / shape.num_experts * kColumnSlab;
-      slots.clear();
+      const int64_t expert = item % shape.num_experts, first = item / shape.num_experts * kSlab;
+      const int64_t columns = std::min(kSlab, width - first);
+      std::fill(sums.begin(), sums.end(), acc_t(0));
+      int64_t count = 0;
+      const auto add = [&] {
+        add_outer_products(picked.data(), factors.data(), count, rank, sums.data());
+        count = 0;
+      };
       for (int64_t row = boundaries[expert]; row < boundaries[expert + 1]; ++row) {
         const int64_t slot = slot_of_row[row];
-        if (slot >= 0 && slot < num_slots) slots.push_back(slot);
-      }
-      terms.resize(slots.size());
-      for (int64_t i = 0; i < shape.rank; ++i) {
-        for (size_t n = 0; n < slots.size(); ++n) {
-          terms[n] = {rows + slots[n] / shape.topk * width + first,
-                      chosen.weight(slots[n]) * factor[slots[n] * shape.rank + i]};
+        if (slot < 0 || slot >= num_slots) continue;
+        convert(rows + slot / shape.topk * width + first, columns, picked.data() + count * kSlab);
+        for (int64_t i = 0; i < rank; ++i) {
+          factors[count * rank + i] = chosen.weight(slot) * factor[slot * rank + i];
         }
-        sum_rows(terms.data(), static_cast<int64_t>(terms.size()), std::min(kColumnSlab, width - first),
-                 grad_weight + (expert * shape.rank + i) * width + first);
+        if (++count == kSlotBlock) add();
+      }
+      add();
+      for (int64_t i = 0; i < rank; ++i) {
+        convert(sums.data() + i * kSlab, columns, grad_weight + (expert * rank + i) * width + first);
       }
     }
   });
@@ -209,31 +404,25 @@ std::tuple<Tensor, Tensor> low_rank_experts(const Tensor& input, const Tensor& l
   Tensor projection = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    project_and_expand(shape, Chosen<scalar_t>(shape, topk_ids, topk_weights), rows.const_data_ptr<scalar_t>(),
-                       down.const_data_ptr<scalar_t>(), up.const_data_ptr<scalar_t>(),
-                       projection.mutable_data_ptr<accumulate_t<scalar_t>>(), output.mutable_data_ptr<scalar_t>());
+    project_and_expand(shape, Chosen<scalar_t>(shape, topk_ids, topk_weights), rows.const_data_ptr<scalar_t>(), down,
+                       up, projection.mutable_data_ptr<accumulate_t<scalar_t>>(), output.mutable_data_ptr<scalar_t>());
   });
   return {output, projection};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(const Tensor& grad_output, const Tensor& input,
-                                                                     const Tensor& lora_a, const Tensor& lora_b,
-                                                                     const Tensor& topk_ids, const Tensor& topk_weights,
-                                                                     const Tensor& projection,
-                                                                     const Tensor& expert_offsets,
-                                                                     const Tensor& permuted_to_slot) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& lora_a, const Tensor& lora_b, const Tensor& topk_ids,
+    const Tensor& topk_weights, const Tensor& projection, const Tensor& expert_offsets, const Tensor& permuted_to_slot,
+    std::vector<bool> output_mask) {
   const LowRankShape shape = check_low_rank_experts_backward(grad_output, input, lora_a, lora_b, topk_ids, topk_weights,
                                                              projection, expert_offsets, permuted_to_slot);
+  const LowRankGradientMask wanted = check_low_rank_output_mask(output_mask);
   const Tensor gradient = torch::stable::contiguous(grad_output), rows = torch::stable::contiguous(input);
   const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
   const Tensor projected = torch::stable::contiguous(projection);
   const Tensor slots = torch::stable::contiguous(permuted_to_slot);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, slots.numel());
-  Tensor grad_input = torch::stable::new_empty(input, {shape.num_tokens, shape.in_features});
-  Tensor grad_down = torch::stable::new_empty(input, {shape.num_experts, shape.rank, shape.in_features});
-  Tensor grad_up = torch::stable::new_empty(input, {shape.num_experts, shape.rank, shape.out_features});
-  Tensor grad_weights = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.topk});
-  const Tensor back = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
+  LowRankGradients grads = new_low_rank_gradients(shape, wanted, input, topk_weights);
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
@@ -242,21 +431,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(const Tenso
     const auto* grad = gradient.const_data_ptr<scalar_t>();
     const auto* forth_dots = projected.const_data_ptr<acc_t>();
     const auto* slot_of_row = slots.const_data_ptr<int32_t>();
-    auto* back_dots = back.mutable_data_ptr<acc_t>();
-    auto* grad_weight = grad_weights.mutable_data_ptr<acc_t>();
-    project_and_expand(shape.transposed(), chosen, grad, up.const_data_ptr<scalar_t>(), down.const_data_ptr<scalar_t>(),
-                       back_dots, grad_input.mutable_data_ptr<scalar_t>());
-    for (int64_t slot = 0; slot < shape.num_tokens * shape.topk; ++slot) {
-      acc_t sum = 0;
-      for (int64_t q = slot * shape.rank; q < (slot + 1) * shape.rank; ++q) sum += forth_dots[q] * back_dots[q];
-      grad_weight[slot] = sum;
+    auto* back_dots = grads.back.mutable_data_ptr<acc_t>();
+    if (wanted.back()) {
+      project_and_expand(shape.transposed(), chosen, grad, up, down, back_dots,
+                         wanted.input ? grads.input.mutable_data_ptr<scalar_t>() : nullptr);
     }
-    sum_by_expert(shape, chosen, x, shape.in_features, back_dots, boundaries, slot_of_row,
-                  grad_down.mutable_data_ptr<scalar_t>());
-    sum_by_expert(shape, chosen, grad, shape.out_features, forth_dots, boundaries, slot_of_row,
-                  grad_up.mutable_data_ptr<scalar_t>());
+    if (wanted.topk_weights) {
+      auto* grad_weight = grads.topk_weights.mutable_data_ptr<acc_t>();
+      for (int64_t slot = 0; slot < shape.num_tokens * shape.topk; ++slot) {
+        acc_t sum = 0;
+        for (int64_t q = slot * shape.rank; q < (slot + 1) * shape.rank; ++q) sum += forth_dots[q] * back_dots[q];
+        grad_weight[slot] = sum;
+      }
+    }
+    if (wanted.lora_a) {
+      sum_by_expert(shape, chosen, x, shape.in_features, back_dots, boundaries, slot_of_row,
+                    grads.lora_a.mutable_data_ptr<scalar_t>());
+    }
+    if (wanted.lora_b) {
+      sum_by_expert(shape, chosen, grad, shape.out_features, forth_dots, boundaries, slot_of_row,
+                    grads.lora_b.mutable_data_ptr<scalar_t>());
+    }
   });
-  return {grad_input, grad_down, grad_up, grad_weights};
+  return {grads.input, grads.lora_a, grads.lora_b, grads.topk_weights};
 }
 
 }  // namespace moe_ext::cpu

@@ -302,14 +302,13 @@ std::tuple<Tensor, Tensor> low_rank_experts(const Tensor& input, const Tensor& l
   return {output, projection};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(const Tensor& grad_output, const Tensor& input,
-                                                                     const Tensor& lora_a, const Tensor& lora_b,
-                                                                     const Tensor& topk_ids, const Tensor& topk_weights,
-                                                                     const Tensor& projection,
-                                                                     const Tensor& expert_offsets,
-                                                                     const Tensor& permuted_to_slot) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& lora_a, const Tensor& lora_b, const Tensor& topk_ids,
+    const Tensor& topk_weights, const Tensor& projection, const Tensor& expert_offsets, const Tensor& permuted_to_slot,
+    std::vector<bool> output_mask) {
   const LowRankShape shape = check_low_rank_experts_backward(grad_output, input, lora_a, lora_b, topk_ids, topk_weights,
                                                              projection, expert_offsets, permuted_to_slot);
+  const LowRankGradientMask wanted = check_low_rank_output_mask(output_mask);
   const DeviceGuard guard(input.get_device_index());
   const Tensor gradient = torch::stable::contiguous(grad_output), rows = torch::stable::contiguous(input);
   const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
@@ -317,24 +316,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(const Tenso
   const Tensor forth = torch::stable::contiguous(projection);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const Tensor slots = torch::stable::contiguous(permuted_to_slot);
-  const Tensor grad_input = torch::stable::new_empty(input, {shape.num_tokens, shape.in_features});
-  const Tensor grad_down = torch::stable::new_empty(input, {shape.num_experts, shape.rank, shape.in_features});
-  const Tensor grad_up = torch::stable::new_empty(input, {shape.num_experts, shape.rank, shape.out_features});
-  const Tensor grad_weights = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.topk});
-  const Tensor back = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
+  const LowRankGradients grads = new_low_rank_gradients(shape, wanted, input, topk_weights);
   dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    launch_tokens<scalar_t>(shape.transposed(), gradient, up, down, ids, weights, back, grad_input);
-    launch_experts<scalar_t>(shape, rows, weights, back, offsets, slots, grad_down);
-    launch_experts<scalar_t>(shape, gradient, weights, forth, offsets, slots, grad_up);
+    if (wanted.back()) {
+      // Without grad_input its rows have no columns.
+      const int64_t columns = wanted.input ? shape.in_features : 0;
+      const LowRankShape back = {shape.num_tokens,  shape.out_features, columns,
+                                 shape.num_experts, shape.rank,         shape.topk};
+      launch_tokens<scalar_t>(back, gradient, up, down, ids, weights, grads.back, grads.input);
+    }
+    if (wanted.lora_a) launch_experts<scalar_t>(shape, rows, weights, grads.back, offsets, slots, grads.lora_a);
+    if (wanted.lora_b) launch_experts<scalar_t>(shape, gradient, weights, forth, offsets, slots, grads.lora_b);
   });
-  if (const int64_t num_slots = shape.num_tokens * shape.topk; num_slots > 0) {
+  if (const int64_t num_slots = wanted.topk_weights ? shape.num_tokens * shape.topk : 0; num_slots > 0) {
     constexpr int kThreads = 256;
     const auto blocks = static_cast<unsigned>(std::min(ceil_div(num_slots, kThreads), kMaxBlocks));
     launch_kernel(weight_grad_kernel, dim3(blocks), kThreads, 0, current_stream(input), forth.const_data_ptr<float>(),
-                  back.const_data_ptr<float>(), grad_weights.mutable_data_ptr<float>(), num_slots, shape.rank);
+                  grads.back.const_data_ptr<float>(), grads.topk_weights.mutable_data_ptr<float>(), num_slots,
+                  shape.rank);
   }
-  return {grad_input, grad_down, grad_up, grad_weights};
+  return {grads.input, grads.lora_a, grads.lora_b, grads.topk_weights};
 }
 
 }  // namespace moe_ext::cuda

@@ -11,8 +11,8 @@
 //   Mapping: by token too, so that grad_output is read once and not once per slot: a warp (up to a block of them where
 //     tokens are few) reads a segment of grad_output and of the token's rows, writes weight * grad_output and adds up
 //     the products, kSlotsAtOnce sums at a time, reduced in a fixed order. Further blocks zero the empty rows.
-//   Traffic: M*H + T*H elements read, M*H written. In flight: 2.5 KiB per warp, 24 warps (at most 80 registers): 60
-//   KiB.
+//   Traffic: M*H + T*H elements read, M*H written. In flight: 2.5 KiB per warp, 16 warps (102 registers in bfloat16):
+//   40 KiB.
 #include "unpermute.h"
 
 #include <torch/csrc/stable/library.h>
@@ -183,12 +183,13 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, 2)
           }
           if (lane == j) warp_dots[warp][j] = dots[j];
         }
+        const bool held = __shfl_sync(kFullMask, lane_row, first + lane % kSlotsAtOnce) >= 0;
         __syncthreads();
         if (inside && part == 0 && lane < kSlotsAtOnce && first + lane < slots) {
           float dot = 0.f;
           for (int w = 0; w < warps_per_token; ++w) dot += warp_dots[warp + w][lane];
-          // A dropped slot has no row, and weight gradient zero.
-          grad_weights[token * maps.topk + first_slot + first + lane] = dot;
+          // A dropped slot has no row, and weight gradient zero, whatever the gradient: 0 * inf would be NaN.
+          grad_weights[token * maps.topk + first_slot + first + lane] = held ? dot : 0.f;
         }
         __syncthreads();
       }

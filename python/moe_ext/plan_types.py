@@ -33,10 +33,32 @@ class RoutingPlan(NamedTuple):
         return filled + cast(int, torch.sym_min(num_experts, filled)) * (row_alignment - 1)
 
     def topk_of(self, num_tokens: int, topk_weights: Tensor | None = None) -> int:
-        """K, from the number of slots; of no tokens at all, that of ``topk_weights``."""
+        """K, from the number of slots; of no tokens at all, that of ``topk_weights``.
+
+        Raises:
+            RuntimeError: the plan was made for another number of tokens, or another K.
+        """
+        num_slots = self.slot_to_permuted.shape[0]
+        # Sizes may be symbols while a compiler traces, which a comparison would bind to each other.
+        if not torch.compiler.is_compiling():
+            if topk_weights is not None and topk_weights.dim() == 2 and topk_weights.shape[0] == num_tokens:
+                topk = topk_weights.shape[1]
+                if num_tokens * topk != num_slots:
+                    expected = f"{num_tokens} tokens with topk {topk}, as input and topk_weights"
+                    raise RuntimeError(f"plan: expected a plan of {expected}, got one of {num_slots} slots")
+            elif num_slots % max(num_tokens, 1):
+                raise RuntimeError(
+                    f"plan: expected a plan of {num_tokens} tokens, as input, got one of {num_slots} slots"
+                )
         if num_tokens == 0:
             return 1 if topk_weights is None else topk_weights.shape[-1]
-        return self.slot_to_permuted.shape[0] // num_tokens
+        return num_slots // num_tokens
+
+    def topk_ids(self, num_tokens: int, topk_weights: Tensor | None = None) -> Tensor:
+        """[T, K] int32: the expert that holds each slot's row, -1 if the slot was dropped; K as in :meth:`topk_of`."""
+        expert = torch.searchsorted(self.expert_offsets[1:], self.slot_to_permuted, right=True, out_int32=True)
+        expert = torch.where(self.slot_to_permuted >= 0, expert, -1)
+        return expert.view(num_tokens, self.topk_of(num_tokens, topk_weights))
 
 
 class A2APlan(NamedTuple):

@@ -108,6 +108,7 @@ struct Block {
     char bytes[kMaxSharedBytes];
   };
   std::unique_ptr<Shared> shared = std::make_unique<Shared>();
+  size_t shared_bytes = 0;
 };
 
 Block block;
@@ -120,6 +121,7 @@ Hooks& hooks() {
   return registered;
 }
 std::mutex one_grid_at_a_time;
+std::map<const void*, size_t> allowed_shared;  // by kernel, until its next launch
 
 void yield() { Context::switch_to(block.current->context, block.scheduler); }
 
@@ -197,6 +199,7 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
   grid_size = grid;
   block_size = threads;
   block.thread = &thread;
+  block.shared_bytes = shared_bytes;
   const unsigned count = threads.x * threads.y * threads.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) fail("grid out of range");
   if (count == 0 || count > 1024) fail("block out of range");
@@ -215,6 +218,22 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
 }
 
 void* dynamic_shared() { return block.shared->bytes; }
+size_t dynamic_shared_bytes() { return block.shared_bytes; }
+
+void allow_shared(const void* kernel, size_t bytes) {
+  if (bytes > kMaxSharedBytes) fail("more shared memory is asked for than a block can have");
+  const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
+  allowed_shared[kernel] = bytes;
+}
+
+void require_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(one_grid_at_a_time);
+  const auto allowed = allowed_shared.find(kernel);
+  if (bytes > (allowed == allowed_shared.end() ? kDefaultSharedBytes : allowed->second)) {
+    fail("a launch with more shared memory than was asked for");
+  }
+  if (allowed != allowed_shared.end()) allowed_shared.erase(allowed);
+}
 
 unsigned linear_thread() { return block.current->linear; }
 

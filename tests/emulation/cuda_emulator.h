@@ -48,6 +48,10 @@ constexpr size_t kDefaultSharedBytes = 48 * 1024;
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
 void* dynamic_shared();  // 1024-byte aligned
+size_t dynamic_shared_bytes();
+// A launch that wants more than kDefaultSharedBytes must have asked for it, anew each time: the device may be another.
+void allow_shared(const void* kernel, size_t bytes);
+void require_shared(const void* kernel, size_t bytes);
 void sync_block();
 
 // Ends the process, naming block and thread.

@@ -17,6 +17,9 @@ using moe_emulator::linear_thread;
 constexpr uint32_t kSharedBase = 0x400;  // where the window of dynamic shared memory starts
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating dtype
 constexpr int kUnit = 4;                 // bytes whose visibility is tracked together
+constexpr int kWarpgroup = 128;
+constexpr int kRegisters = 64 * 1024;            // of a multiprocessor
+constexpr int64_t kMaxExpected = (1 << 20) - 1;  // bytes that a barrier can count
 
 struct BarrierState {
   uint32_t arrivals = 0, pending = 0;
@@ -70,7 +73,9 @@ struct Thread {
   Groups<Store> stores{1};
   Groups<Copy> copies{1};
   bool wgmma_fenced = false;
-  std::vector<int> unfenced;  // units written by ordinary stores since the last fence_proxy_async
+  std::vector<int> unfenced;                  // units written by ordinary stores since the last fence_proxy_async
+  std::map<const Barrier*, uint64_t> passed;  // phases that this thread has seen end
+  int registers = 0;                          // 0: as launched
 };
 
 struct State {
@@ -78,6 +83,7 @@ struct State {
   NamedBarrier named[16];
   std::vector<Thread> threads = std::vector<Thread>(1024);
   std::vector<bool> unfenced = std::vector<bool>(moe_emulator::kMaxSharedBytes / kUnit);
+  bool barriers_unfenced = false;
 };
 
 State state;
@@ -112,13 +118,26 @@ void end_block() {
 const bool registered = (moe_emulator::on_block(start_block, end_block), true);
 
 BarrierState& barrier_state(const Barrier* barrier) {
+  if (state.barriers_unfenced) fail("a barrier was used before barrier_init_fence");
   const auto found = state.barriers.find(barrier);
   if (found == state.barriers.end()) fail("a barrier was used before it was initialised");
   return found->second;
 }
 
-void check_aligned(const void* shared) {
+int box_bytes(const TensorMap& map) {
+  return map.box[0] * map.box[1] * (map.rank > 2 ? map.box[2] : 1) * map.element_bytes;
+}
+
+void check_inside(const char* shared, int64_t bytes, const char* who) {
+  const int64_t first = shared - shared_base(), size = static_cast<int64_t>(moe_emulator::dynamic_shared_bytes());
+  if (first < 0 || first + bytes > size) fail(std::string(who) + " leaves the shared memory of the launch");
+}
+
+void check_buffer(const TensorMap& map, const void* shared) {
   if (shared_address(shared) % 1024 != 0) fail("TMA: a swizzled buffer must be aligned to 1024 bytes");
+  if (reinterpret_cast<uintptr_t>(&map) % 64 != 0) fail("TMA: a tensor map must be aligned to 64 bytes");
+  if (!map.data) fail("TMA: a tensor map that was not encoded");
+  check_inside(static_cast<const char*>(shared), box_bytes(map), "TMA");
 }
 
 // body(where the box's 16 bytes lie in `shared`, its bytes in memory or nullptr, how many of them are inside)
@@ -143,13 +162,9 @@ void for_each_chunk(const TensorMap& map, const char* shared, const int32_t* cor
   }
 }
 
-int box_bytes(const TensorMap& map) {
-  return map.box[0] * map.box[1] * (map.rank > 2 ? map.box[2] : 1) * map.element_bytes;
-}
-
 void require_fenced(const char* shared, int bytes, const char* who) {
   for (int unit = unit_of(shared); unit < unit_of(shared + bytes); ++unit) {
-    if (state.unfenced[unit]) fail(std::string(who) + " reads shared memory written without fence_proxy_async");
+    if (state.unfenced[unit]) fail(std::string(who) + " was written to shared memory without fence_proxy_async");
   }
 }
 
@@ -175,14 +190,32 @@ uint32_t element_address(uint64_t descriptor, bool k_major, int row, int depth) 
   return address ^ (address >> 7 & 7) << 4;
 }
 
-std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToFloat to_float) {
+// Fields of a descriptor: 0-13 start, 16-29 leading, 32-45 stride, all in 16 bytes, 49-51 base offset, 62-63 swizzle.
+// Without a base offset the atoms of 8 rows of 128 bytes must lie at multiples of 1024 bytes.
+void check_descriptor(uint64_t descriptor, bool k_major, int rows) {
+  constexpr uint64_t kFields = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 7ull << 49 | 3ull << 62;
+  if (descriptor & ~kFields) fail("wgmma: the descriptor sets bits that are reserved");
   if (descriptor >> 62 != 1) fail("wgmma: the descriptor names no 128B swizzle");
   if (descriptor >> 49 & 7) fail("wgmma: the descriptor has a base offset");
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  constexpr uint32_t kAtom = 1024;
+  if (stride == 0 || stride % kAtom != 0) fail("wgmma: the stride is no multiple of a swizzle atom");
+  if (!k_major && rows > 64 && (leading == 0 || leading % kAtom != 0)) {
+    fail("wgmma: the leading offset is no multiple of a swizzle atom");
+  }
+  // K-major operands may start inside the first row of an atom, MN-major ones at an atom.
+  if (start % kAtom >= (k_major ? 128u : 1u)) fail("wgmma: the operand starts inside a swizzle atom");
+}
+
+std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToFloat to_float) {
+  check_descriptor(descriptor, k_major, rows);
   std::vector<float> values(rows * kInstructionDepth);
   for (int row = 0; row < rows; ++row) {
     for (int depth = 0; depth < kInstructionDepth; ++depth) {
       const char* element = at_address(element_address(descriptor, k_major, row, depth));
-      require_fenced(element - reinterpret_cast<uintptr_t>(element) % kUnit, kUnit, "wgmma");
+      check_inside(element, 2, "wgmma");
+      require_fenced(element - reinterpret_cast<uintptr_t>(element) % kUnit, kUnit, "wgmma reads what");
       values[row * kInstructionDepth + depth] = to_float(element);
     }
   }
@@ -214,9 +247,12 @@ uint32_t shared_address(const void* pointer) {
 
 void barrier_init(Barrier* barrier, uint32_t arrivals) {
   used = true;
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fail("a barrier must be aligned to 8 bytes");
+  check_inside(reinterpret_cast<const char*>(barrier), sizeof(Barrier), "a barrier");
   state.barriers[barrier] = {arrivals, arrivals, 0, 0};
+  state.barriers_unfenced = true;
 }
-void barrier_init_fence() {}
+void barrier_init_fence() { state.barriers_unfenced = false; }
 
 void barrier_arrive(Barrier* barrier) { barrier_arrive_expect(barrier, 0); }
 
@@ -224,16 +260,24 @@ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   BarrierState& s = barrier_state(barrier);
   if (s.pending == 0) fail("more arrivals on a barrier than it expects in one phase");
   s.bytes += bytes;
+  if (s.bytes > kMaxExpected) fail("a barrier expects more bytes than it can count");
   --s.pending;
   s.settle();
 }
 
 void barrier_wait(Barrier* barrier, uint32_t parity) {
   BarrierState& s = barrier_state(barrier);
+  if (parity > 1) fail("the parity of a barrier's phase is 0 or 1");
   moe_emulator::wait_until([&s, parity] { return (s.phase & 1) != parity; });
+  // Parities tell neighbouring phases apart: a thread that sleeps through one would take the next but one for it.
+  const auto [passed, first] = self().passed.try_emplace(barrier, s.phase);
+  if (!first && s.phase != passed->second + 1) fail("a thread did not see every phase of a barrier end");
+  passed->second = s.phase;
 }
 
 void named_barrier(int id, int threads) {
+  if (id < 1 || id > 15) fail("a named barrier is 1 to 15");
+  if (threads % 32 != 0) fail("a named barrier is for whole warps");
   NamedBarrier& barrier = state.named[id];
   const uint64_t generation = barrier.generation;
   if (++barrier.arrived == threads) {
@@ -253,7 +297,9 @@ const char* encode_tensor_map(TensorMap* map, const TensorMapSpec& spec) {
   map->data = static_cast<const char*>(spec.data);
   map->element_bytes = spec.type == MapType::kFloat32 ? 4 : 2;
   map->rank = spec.rank;
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return "emulated tensor map: the map itself is unaligned";
   if (reinterpret_cast<uintptr_t>(spec.data) % 16 != 0) return "emulated tensor map: unaligned data";
+  if (spec.rank < 2 || spec.rank > 3 || spec.strides[0] != 1) return "emulated tensor map: bad rank or first stride";
   for (int axis = 0; axis < spec.rank; ++axis) {
     map->sizes[axis] = spec.sizes[axis];
     map->strides[axis] = spec.strides[axis] * map->element_bytes;
@@ -262,12 +308,15 @@ const char* encode_tensor_map(TensorMap* map, const TensorMapSpec& spec) {
     if (spec.box[axis] < 1 || spec.box[axis] > 256) return "emulated tensor map: box out of range";
     const int64_t stride = map->strides[axis];
     if (axis > 0 && (stride % 16 != 0 || stride >= int64_t{1} << 40)) return "emulated tensor map: bad stride";
+    const int64_t below = axis > 1 ? map->strides[axis - 1] : axis > 0 ? map->element_bytes * spec.sizes[0] : 0;
+    if (axis > 0 && (axis > 1 ? stride % below != 0 : stride < below)) return "emulated tensor map: strides overlap";
   }
   return map->box[0] * map->element_bytes == kRowBytes ? nullptr : "emulated tensor map: a box row is not 128 bytes";
 }
 
 void tma_load(const TensorMap& map, Barrier* barrier, void* shared, int32_t x, int32_t y, int32_t z) {
-  check_aligned(shared);
+  check_buffer(map, shared);
+  require_fenced(static_cast<const char*>(shared), box_bytes(map), "a TMA load overwrites what");
   std::memset(shared, kPoison, box_bytes(map));
   BarrierState& s = barrier_state(barrier);
   moe_emulator::deliver_later([map, &s, shared = static_cast<char*>(shared), x, y, z] {
@@ -282,8 +331,8 @@ void tma_load(const TensorMap& map, Barrier* barrier, void* shared, int32_t x, i
 }
 
 void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z) {
-  check_aligned(shared);
-  require_fenced(static_cast<const char*>(shared), box_bytes(map), "a TMA store");
+  check_buffer(map, shared);
+  require_fenced(static_cast<const char*>(shared), box_bytes(map), "a TMA store reads what");
   self().stores.back().push_back({map, static_cast<const char*>(shared), {x, y, z}});
 }
 
@@ -320,12 +369,38 @@ void copy_async_wait_for(int groups) {
   }
 }
 
+void store_global_16(void* global, const Chunk& value) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("a misaligned store of 16 bytes");
+  *static_cast<Chunk*>(global) = value;
+}
+
+// All warps of a warpgroup change to the same number, and all warps together hold no more than there are.
+void set_registers(int registers, bool more) {
+  used = true;
+  const unsigned threads = moe_emulator::block_size.x, first = linear_thread() / kWarpgroup * kWarpgroup;
+  const int launched = kRegisters / static_cast<int>(threads) / 8 * 8;
+  if (registers % 8 != 0 || registers < 24 || registers > 256) fail("setmaxnreg: 24 to 256, a multiple of 8");
+  if (more ? registers < launched : registers > launched) fail("setmaxnreg: inc must raise and dec must lower");
+  self().registers = registers;
+  int total = 0;
+  for (unsigned t = 0; t < threads; ++t) {
+    const int own = state.threads[t].registers;
+    if (t / kWarpgroup == first / kWarpgroup && own != 0 && own != registers) fail("setmaxnreg: warps disagree");
+    total += own ? own : 0;
+  }
+  if (total > launched * static_cast<int>(threads)) fail("setmaxnreg: more registers than the block has");
+}
+
 void store_shared_bytes(void* shared, const void* bytes, int count) {
+  if (reinterpret_cast<uintptr_t>(shared) % count != 0) fail("a misaligned store to shared memory");
+  check_inside(static_cast<const char*>(shared), count, "a store");
   std::memcpy(shared, bytes, count);
   mark_unfenced(static_cast<char*>(shared), count);
 }
 
 Chunk load_shared_16(const void* shared) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("a misaligned load from shared memory");
+  check_inside(static_cast<const char*>(shared), 16, "a load");
   Chunk value;
   std::memcpy(&value, shared, sizeof(value));
   return value;

@@ -4,8 +4,10 @@
 // a random later time; a TMA store and a wgmma read shared memory, and a wgmma writes accumulators, only when the
 // thread waits for them. So a stage read too early or refilled too early gives NaN, and a wait that is missing gives
 // stale values. A wgmma decodes its descriptors bit by bit. What this thread wrote by ordinary stores or cp.async
-// counts as invisible to TMA and wgmma until fence_proxy_async. A barrier that overflows, copies that never end, lanes
-// of a warp that issue different wgmmas, and deadlocks end the process.
+// counts as invisible to TMA and wgmma until fence_proxy_async. What the hardware leaves undefined ends the process:
+// barriers that overflow, are used before their fence, or are passed a phase late; buffers outside the shared memory of
+// the launch; descriptors and tensor maps against the rules of the PTX ISA and cuTensorMapEncodeTiled; registers that a
+// multiprocessor has not; copies that never end; lanes of a warp that issue different wgmmas; deadlocks.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +19,7 @@
 
 namespace moe_ext::sm90 {
 
-struct TensorMap {
+struct alignas(64) TensorMap {  // as CUtensorMap
   const char* data;
   int element_bytes, rank;
   int64_t sizes[3];
@@ -64,7 +66,7 @@ inline void store_shared(void* shared, float first, float second) {
 }
 inline void store_shared_16(void* shared, const Chunk& value) { store_shared_bytes(shared, &value, 16); }
 Chunk load_shared_16(const void* shared);
-inline void store_global_16(void* global, const Chunk& value) { *static_cast<Chunk*>(global) = value; }
+void store_global_16(void* global, const Chunk& value);
 
 template <typename Element>
 uint32_t pack(float first, float second) {
@@ -74,10 +76,15 @@ uint32_t pack(float first, float second) {
   return packed;
 }
 
+void set_registers(int registers, bool more);
 template <int registers>
-void take_registers() {}
+void take_registers() {
+  set_registers(registers, true);
+}
 template <int registers>
-void give_registers() {}
+void give_registers() {
+  set_registers(registers, false);
+}
 
 using ToFloat = float (*)(const void*);
 void wgmma_fence();

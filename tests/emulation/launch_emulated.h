@@ -24,7 +24,13 @@ inline int multiprocessor_count(const Tensor&) { return 3; }
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                    Arguments&&... arguments) {
+  moe_emulator::require_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   moe_emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+template <typename... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
+  moe_emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 }  // namespace moe_ext

@@ -35,7 +35,7 @@ Thread& this_thread() {
 
 void copy_async(void* destination, const void* source, size_t bytes, bool inside) {
   const auto misaligned = [&](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % bytes != 0; };
-  if (misaligned(destination) || (inside && misaligned(source))) {
+  if (misaligned(destination) || misaligned(source)) {
     std::fprintf(stderr, "cuda emulator: a misaligned cp.async\n");
     std::abort();
   }

@@ -1,29 +1,54 @@
-"""The CPU tests again, on a GPU: each module here re-exports the tests of its twin in tests/."""
+"""The CPU tests again, on a GPU: each module here re-exports the tests of its twin in tests/.
+
+Dry runs, for machines without a GPU: MOE_EXT_GPU_TESTS_ON=cpu runs them on the CPU, graphs and all, with stand-ins for
+torch.cuda (tests/cuda_stand_in.py); MOE_EXT_GPU_TESTS_ON=fake-cuda on tensors that say they are on a GPU, so that a
+tensor left on the CPU shows (tests/fake_cuda.py).
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import cuda_stand_in
 import moe_ext
+from fake_cuda import fake_cuda
+
+# torch asks for it where algorithms must be deterministic, and looks when cuBLAS is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+DRY_RUN = os.environ.get("MOE_EXT_GPU_TESTS_ON")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     reason = None
-    if not torch.cuda.is_available():
+    if not DRY_RUN and not torch.cuda.is_available():
         reason = "no GPU: torch.cuda.is_available() is False"
-    elif not moe_ext.build_info()["cuda"]:
+    elif not DRY_RUN and not moe_ext.build_info()["cuda"]:
         reason = "moe_ext was built without CUDA"
     for item in here:
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
         elif item.get_closest_marker("cpu"):
             item.add_marker(pytest.mark.skip(reason="marked cpu: runs in tests/"))
+    # What compiles takes longest: last, where a time limit costs least.
+    items.sort(key=lambda item: "compile" in item.path.name)
 
 
 @pytest.fixture
-def device() -> str:
-    return "cuda"
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    if DRY_RUN:
+        cuda_stand_in.install(monkeypatch)
+    return "cpu" if DRY_RUN == "cpu" else "cuda"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if DRY_RUN != "fake-cuda" or Path(__file__).parent not in pyfuncitem.path.parents:
+        return None
+    with pytest.MonkeyPatch.context() as monkeypatch, fake_cuda(monkeypatch):
+        pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+    return True

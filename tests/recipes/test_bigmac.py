@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from counting_exchange import CountingExchange
 from formulas import all_outputs, assert_same, keep_topk, mixture, rows
 
 import moe_ext
-from moe_ext.distributed import DispatchOptions, FlatExchange
+from moe_ext.distributed import DispatchOptions
 from moe_ext.recipes import BigMac
 from rank_pool import RankPool
 
@@ -29,16 +30,6 @@ def test_bytes_that_travel():
     sent = [moe_ext.a2a_pack(x, ids, weights, plan)[0] for x in (layer.experts.descend(hidden), hidden)]
     narrow, wide = (int(plan.send_counts.sum()) * x.shape[1] * x.element_size() for x in sent)
     assert narrow / wide == 4 / 16 and narrow > 0
-
-
-class CountingExchange(FlatExchange):
-    """Counts the bytes of everything wider than a count that this rank sends."""
-
-    sent = 0
-
-    def _all_to_all(self, received, rows, recv, send):
-        self.sent += rows.numel() * rows.element_size() if rows.dim() == 2 and rows.shape[0] > 4 else 0
-        return super()._all_to_all(received, rows, recv, send)
 
 
 def over_two_ranks(group):

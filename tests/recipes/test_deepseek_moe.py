@@ -65,6 +65,20 @@ def test_v2_is_the_block_of_transformers(backend):
     compare_with_transformers(layer, block)
 
 
+def test_v2_losses_over_devices():
+    """A token goes to two groups at most: sent evenly, every device gets 2 / 4 of the tokens."""
+    layer = DeepSeekV2MoE(*SIZES, num_groups=4, topk_groups=2).double()
+    hidden = rows(40, 16)
+    output = layer(hidden)
+    scores = torch.softmax(hidden @ layer.router.logits.weight.T, dim=-1)
+    here = torch.nn.functional.one_hot(output.topk_ids.long() // 2, 4).sum(1).double()
+    assert here.gt(0).sum(1).max() == 2
+    probability = scores.view(40, 4, 2).sum(-1).mean(0)
+    computation = (8 / (3 * 40) * here.sum(0) / 2 * probability).sum()
+    communication = (4 / (2 * 40) * here.gt(0).double().sum(0) * probability).sum()
+    assert_same(layer.device_losses(output), [computation, communication], [hidden, layer.router.logits.weight])
+
+
 def test_v3_is_the_block_of_transformers(backend):
     modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
     config = modeling.DeepseekV3Config(

@@ -1,4 +1,4 @@
-"""LoRAMoE: the dense mixture, its loss by hand, and where the loss moves the gates."""
+"""LoRAMoE: the dense mixture, its loss by hand, and where the loss moves the gates of each type."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_loss_by_hand():
     torch.testing.assert_close(loss.item(), (0.12**2 + 0.12**2 + 0.24**2 + 0.24**2) / 3 / 0.48**2)
 
 
-def test_loss_moves_every_type_to_its_experts():
+def test_loss_parts_the_types():
     logits = torch.zeros(4, 3, 6, dtype=torch.float64, requires_grad=True)
     samples, experts = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1])
     for _ in range(200):
@@ -40,7 +40,7 @@ def test_loss_moves_every_type_to_its_experts():
         logits.data -= 5.0 * grad
     weights = torch.softmax(logits, dim=-1)
     own = (samples[:, None] == experts).double()
-    # I Q is even, so weights are as 1 / I: an expert of a sample's own type needs less of it.
+    # I Q is even, so weights are as 1 / I: each type leans on one group, that of the other label.
     assert loss < 1e-6
     expected = 1 / torch.where(own > 0, 1.3, 0.7).double()
     torch.testing.assert_close(weights.sum(1), 3 * expected / expected.sum(1, keepdim=True), rtol=1e-2, atol=0)

@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from counting_exchange import CountingExchange
 from formulas import all_outputs, assert_same, keep_topk, rows
 
 import moe_ext
 from compare import relative_error
+from moe_ext.distributed import DispatchOptions, expert_parallel
 from moe_ext.recipes import MoEPlusPlus
+from rank_pool import RankPool
 
 HIDDEN, FFN, TOTAL = 16, 5, 9
 
@@ -85,6 +88,59 @@ def test_share_of_ffn_slots_at_capacity():
     layer = MoEPlusPlus(HIDDEN, 12, 8, capacity_factor=1.0)
     ffn, rest = layer.capacity(1200, 0) * 8, layer.capacity(1200, 1) * 4
     assert ffn / (ffn + rest) == pytest.approx(0.60) and ffn + rest == 2400
+    assert (ffn + rest) / ffn == pytest.approx(1.67, abs=0.01)  # the most that it can gain
+
+
+def over_two_ranks(group):
+    """Errors of this rank's outputs and gradients, its slots at FFN experts, what it sent, and sends with FFN experts
+    in the place of all others."""
+    torch.manual_seed(0)
+    layer = MoEPlusPlus(64, 12, FFN).double()
+    ffn, rest = layer.experts
+    hidden = rows(2 * 40, 64).detach().chunk(2)[group.rank()].requires_grad_()
+    parameters = [hidden, *layer.router.parameters(), *rest.parameters()]
+    exact = layer(hidden).hidden
+    exact = [exact, *torch.autograd.grad(exact.square().sum(), parameters, allow_unused=True)]
+
+    def send(exchange, routing, bounds):
+        def compute(received):
+            first, last = bounds[group.rank() : group.rank() + 2]
+            plan = moe_ext.routing_plan(received.topk_ids, last - first)
+            ids = torch.arange(first, last) % FFN  # beyond the FFN experts: stand-ins of the same cost
+            weights = [ffn.gate_up_weight[ids], ffn.down_weight[ids]]
+            return moe_ext.moe_mlp(received.hidden, *weights, plan, received.topk_weights, weight_layout="enk")
+
+        offsets, options = torch.tensor(bounds).int(), DispatchOptions(form="slot")
+        return expert_parallel(2 * hidden, routing.topk_ids, routing.topk_weights, compute, exchange, offsets, options)
+
+    routing = layer.router(hidden, None)
+    exchange = CountingExchange(group)
+    output = send(exchange, routing, [0, 3, FFN]).hidden
+    plan = moe_ext.routing_plan(routing.topk_ids - FFN, rest.num_experts)
+    output = output + rest(2 * hidden, plan, routing.topk_weights)
+    forward = (exchange.rows_sent, exchange.sent)
+    found = [output, *torch.autograd.grad(output.square().sum(), parameters, allow_unused=True)]
+    everything = CountingExchange(group)
+    send(everything, routing, [0, 4, TOTAL])
+    errors = [float((a - b).abs().max()) for a, b in zip(found, exact, strict=True) if b is not None]
+    return max(errors), int((routing.topk_ids < FFN).sum()), forward, (everything.rows_sent, everything.sent)
+
+
+def test_bytes_between_ranks_are_those_of_ffn_slots(tmp_path):
+    """Counted at the all-to-all of two ranks, there and back; forward and backward equal one rank's."""
+    pool = RankPool(2, tmp_path)
+    try:
+        answers = pool.run(2, over_two_ranks)
+    finally:
+        pool.close()
+    # Every FFN slot is a row to its rank and, from there, a row back; every slot would be one of the whole.
+    ffn_slots = sum(answer[1] for answer in answers)
+    assert 0 < ffn_slots < 2 * 40 * 2
+    assert sum(answer[2][0] for answer in answers) == 2 * ffn_slots
+    assert sum(answer[3][0] for answer in answers) == 2 * 2 * 40 * 2
+    share = sum(answer[2][1] for answer in answers) / sum(answer[3][1] for answer in answers)
+    assert share == pytest.approx(ffn_slots / (2 * 40 * 2), rel=1e-12)
+    assert all(answer[0] < 1e-11 for answer in answers)
 
 
 def test_all_tokens_at_the_zero_expert(backend):

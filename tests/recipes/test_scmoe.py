@@ -7,7 +7,7 @@ import torch
 from formulas import all_outputs, assert_same, mixture, rows
 
 from moe_ext.nn import MoELayer
-from moe_ext.recipes import self_contrast, weak_routing
+from moe_ext.recipes import random_routing, self_contrast, weak_routing
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -29,6 +29,20 @@ def test_weak_model_is_one_expert_of_its_rank(renormalize, backend):
     assert torch.equal(layer(hidden).hidden, strong)
     with weak_routing([layer.router], 0, 3):
         assert torch.equal(layer(hidden).hidden, strong)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_weak_model_is_a_random_expert(renormalize, backend):
+    layer = MoELayer(16, 12, 8, 3, router={"renormalize": renormalize}, backend=backend).double()
+    hidden = rows(200, 16)
+    strong = layer(hidden).hidden
+    with random_routing([layer.router], torch.Generator().manual_seed(4)):
+        output = layer(hidden)
+    drawn = torch.randint(8, (200,), generator=torch.Generator().manual_seed(4))
+    assert torch.equal(output.topk_ids[:, 0].long(), drawn) and drawn.bincount(minlength=8).min() > 10
+    expected = all_outputs(layer.experts, hidden)[drawn, torch.arange(200)]
+    assert_same([output.hidden], [expected], [hidden, *layer.experts.parameters()])
+    assert torch.equal(layer(hidden).hidden, strong)
 
 
 def test_an_error_inside_gives_the_strong_model_back():

@@ -55,6 +55,13 @@ MOE_INLINE Words narrow_bf16(Floats value) {
   return (rounded & ~nan) | (nan & (bits >> 16 | 0x40u));
 }
 
+#if defined(__AVX512F__)
+MOE_INLINE __m512i join_halves(Words low, Words high) {
+  const auto half = [](Words bits) { return reinterpret_cast<__m256i>(__builtin_convertvector(bits, Halves)); };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1);
+}
+#endif
+
 MOE_INLINE Words select(Words mask, Words a, Words b) { return (mask & a) | (~mask & b); }
 
 MOE_INLINE Words narrow_fp16(Floats value) {
@@ -106,6 +113,9 @@ struct Float16 {
   static constexpr int kPerUnit = 1;
   static MOE_INLINE Floats load(const char* from) { return widen_fp16(load_halves(from)); }
   static MOE_INLINE Words narrow(Floats value) { return narrow_fp16(value); }
+#if defined(__AVX512F__)
+  static MOE_INLINE __m512i narrow_two(Floats low, Floats high) { return join_halves(narrow(low), narrow(high)); }
+#endif
   static MOE_INLINE void store(char* to, Floats value) { store_halves(to, narrow(value)); }
 };
 
@@ -116,6 +126,15 @@ struct BFloat16 {
   static constexpr int kPerUnit = 1;
   static MOE_INLINE Floats load(const char* from) { return reinterpret_cast<Floats>(load_halves(from) << 16); }
   static MOE_INLINE Words narrow(Floats value) { return narrow_bf16(value); }
+#if defined(MOE_BF16_DOT)
+  // Rounds like narrow_bf16, but flushes denormals, as the dot products before it do.
+  static MOE_INLINE __m512i narrow_two(Floats low, Floats high) {
+    return reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+  }
+#elif defined(__AVX512F__)
+  static MOE_INLINE __m512i narrow_two(Floats low, Floats high) { return join_halves(narrow(low), narrow(high)); }
+#endif
   static MOE_INLINE void store(char* to, Floats value) { store_halves(to, narrow(value)); }
 };
 
@@ -193,6 +212,16 @@ MOE_INLINE UnitVec<Format> load_across(const char* const* lines, int64_t num_lin
   } else {
     const char* second = 2 * step + 1 < num_lines ? lines[2 * step + 1] : nullptr;
     return load_wide(lines[2 * step], first, count) | load_wide(second, first, count) << 16;
+  }
+}
+
+// One vector of elements as sums.
+template <typename Format>
+MOE_INLINE SumVec<Format> load_sums(const char* line, int64_t col, int64_t count) {
+  if constexpr (Format::kPerUnit == 2) {
+    return reinterpret_cast<Floats>(load_wide(line, col, count) << 16);
+  } else {
+    return load_line<Format>(line, col, count);
   }
 }
 

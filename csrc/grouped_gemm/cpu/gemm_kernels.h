@@ -26,6 +26,15 @@ struct Fetch {
   int64_t bytes = 0;
 };
 
+// Where the finished sums of a panel go: rows of output elements, each a whole panel wide. `bias` has the factors' type
+// or is null; `stream` writes past the caches, if the output starts and steps by whole cache lines.
+struct PanelOutput {
+  char* data = nullptr;
+  int64_t stride_bytes = 0;
+  const char* bias = nullptr;
+  bool stream = false;
+};
+
 // `lines` are pointers to the start of rows (or columns) whose elements are adjacent in memory; null is a line of
 // zeros. "inner" functions take lines that run along the inner dimension, "outer" functions lines across it.
 struct GemmKernels {
@@ -46,9 +55,10 @@ struct GemmKernels {
   void (*pack_right_inner)(void* right, const char* const* cols, int64_t num_cols, int64_t first, int64_t count);
   void (*pack_right_outer)(void* right, const char* const* lines, int64_t num_lines, int64_t first_col,
                            int64_t num_cols);
-  // sums [num_rows][panel_cols] (+)= left @ right over `depth` units.
+  // sums [num_rows][panel_cols] (+)= left @ right over `depth` units; with output.data they go there instead, from the
+  // registers, and `sums` are only read. After streamed stores the caller fences.
   void (*multiply)(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
-                   const Fetch& wanted);
+                   const PanelOutput& output, const Fetch& wanted);
   // sums [num_rows][sums_stride] (+)= rows @ cols^T over elements [first, first + count) of the columns, which are read
   // in place; rows are packed [num_rows][row_stride]. Writes up to kDotRoom sums past the last column. `after`, of as
   // many lines as columns or fewer, is what is read next.
@@ -61,9 +71,9 @@ struct GemmKernels {
   // sums [num_rows][sums_stride] = elements of the factors' type.
   void (*widen)(const char* from, int64_t from_stride_bytes, int64_t num_rows, int64_t num_cols, void* sums,
                 int64_t sums_stride);
-  // output = sums + bias, rounded once. `bias` has the factors' type or is null; `stream` bypasses the caches.
+  // output = sums + bias, rounded once. `bias` has the factors' type or is null.
   void (*finish)(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num_cols, const char* bias,
-                 char* output, int64_t output_stride_bytes, bool stream);
+                 char* output, int64_t output_stride_bytes);
 };
 
 // For factors of `type`; `wide` outputs are float32 for 16-bit factors. One function per instruction set.

@@ -7,16 +7,6 @@
 namespace moe_ext::cpu::MOE_ISA {
 namespace {
 
-// One vector of elements as sums.
-template <typename Format>
-MOE_INLINE SumVec<Format> load_sums(const char* line, int64_t col, int64_t count) {
-  if constexpr (Format::kPerUnit == 2) {
-    return reinterpret_cast<Floats>(load_wide(line, col, count) << 16);
-  } else {
-    return load_line<Format>(line, col, count);
-  }
-}
-
 template <typename Format>
 void widen(const char* from, int64_t from_stride_bytes, int64_t num_rows, int64_t num_cols, void* sums,
            int64_t sums_stride) {
@@ -38,7 +28,7 @@ void widen(const char* from, int64_t from_stride_bytes, int64_t num_rows, int64_
 
 template <typename Format, typename Output>
 void finish(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num_cols, const char* bias, char* output,
-            int64_t output_stride_bytes, [[maybe_unused]] bool stream) {
+            int64_t output_stride_bytes) {
   using Sum = typename Format::Sum;
   constexpr int kCount = Simd<Sum>::kLanes;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Output::Element));
@@ -46,20 +36,11 @@ void finish(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num
     const Sum* from = static_cast<const Sum*>(sums) + row * sums_stride;
     char* to = output + row * output_stride_bytes;
     int64_t col = 0;
-#if defined(__AVX512F__)
-    if constexpr (sizeof(typename Output::Element) == 2) {
-      // Two vectors fill a cache line, which then leaves without having been read.
-      const bool aligned = reinterpret_cast<std::uintptr_t>(to) % 64 == 0;
-      for (; stream && aligned && !bias && col + 2 * kCount <= num_cols; col += 2 * kCount) {
-        const auto narrow = [&](int64_t c) {
-          const Words bits = Output::narrow(Simd<Sum>::load(from + c));
-          return reinterpret_cast<__m256i>(__builtin_convertvector(bits, Halves));
-        };
-        const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(col)), narrow(col + kCount), 1);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + col * kBytes), line);
-      }
+    for (; col + 2 * kCount <= num_cols; col += 2 * kCount) {
+      SumVec<Format> low = Simd<Sum>::load(from + col), high = Simd<Sum>::load(from + col + kCount);
+      if (bias) low += load_sums<Format>(bias, col, kCount), high += load_sums<Format>(bias, col + kCount, kCount);
+      write_row<Output>(to + col * kBytes, low, high, false);
     }
-#endif
     for (; col < num_cols; col += kCount) {
       const int64_t count = num_cols - col < kCount ? num_cols - col : kCount;
       alignas(64) char padded[MOE_VECTOR_BYTES] = {};
@@ -71,20 +52,9 @@ void finish(const void* sums, int64_t sums_stride, int64_t num_rows, int64_t num
         copy_bytes(to + col * kBytes, padded, count * kBytes);
         continue;
       }
-#if defined(__AVX512F__)
-      if constexpr (sizeof(typename Output::Element) == 4) {
-        if (stream && reinterpret_cast<std::uintptr_t>(to + col * kBytes) % MOE_VECTOR_BYTES == 0) {
-          _mm512_stream_ps(reinterpret_cast<float*>(to + col * kBytes), reinterpret_cast<__m512>(value));
-          continue;
-        }
-      }
-#endif
       Output::store(to + col * kBytes, value);
     }
   }
-#if defined(__AVX512F__)
-  if (stream) _mm_sfence();
-#endif
 }
 
 template <typename Format, typename Output>
@@ -102,7 +72,7 @@ constexpr GemmKernels make_kernels() {
           &pack_left_outer<Format>,
           &pack_right_inner<Format>,
           &pack_right_outer<Format>,
-          &multiply<Format>,
+          &multiply<Format, Output>,
           &dot<Format>,
           &axpy<Format>,
           &widen<Format>,

@@ -55,6 +55,16 @@ struct Product {
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
                    const std::function<void(const TileSums&)>& finish);
 
+// Where a whole product is written as it is: row-major, contiguous, plus `bias` [cols] in the factors' type, if any.
+struct Output {
+  char* data;
+  const char* bias = nullptr;
+  bool stream = false;  // past the caches
+};
+
+// Writes the tile's part of `output`; the product has no pair.
+void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels, const Output& output);
+
 // Tiles of nearly equal size that cover a product, one of `num_products` of its kind; with a pair, the columns of its
 // first half. Columns come in whole panels. Sizes never change a bit of the result, so they may depend on the number of
 // threads.

@@ -9,6 +9,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace moe_ext::cpu {
 namespace {
 
@@ -78,8 +82,9 @@ struct Panels {
   bool completes(int64_t panel) const { return !pair || panel % 2; }
 };
 
+// `output` is null, or what `finish` writes: whole panels go there from the registers.
 void multiply_packed(const Product& product, const Tile& tile, const GemmKernels& kernels,
-                     const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
+                     const std::function<void(const TileSums&)>& finish, const Output* output, Scratch& scratch) {
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
   const bool left_inner = product.left.lines_are_rows, right_inner = !product.right.lines_are_rows;
   const int64_t step = kDepth * kernels.elements_per_unit;
@@ -87,10 +92,11 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes, num_panels = panels.count();
 
   scratch.left_lines.clear(), scratch.right_lines.clear();
-  if (left_inner) add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
+  add_lines(product.left, left_inner ? tile.row : 0, left_inner ? tile.rows : inner, element, scratch.left_lines);
   for (int64_t panel = 0; right_inner && panel < num_panels; ++panel) {
     add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
   }
+  if (!right_inner) add_lines(product.right, 0, inner, element, scratch.right_lines);
   // At least one block, so that a product over nothing still gives its zeros.
   for (int64_t k = 0; k == 0 || k < inner; k += step) {
     const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
@@ -98,13 +104,7 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
     if (left_inner) {
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
     } else {
-      scratch.left_lines.clear();
-      add_lines(product.left, k, count, element, scratch.left_lines);
-      kernels.pack_left_outer(scratch.left, scratch.left_lines.data(), count, tile.row, tile.rows);
-    }
-    if (!right_inner) {
-      scratch.right_lines.clear();
-      add_lines(product.right, k, count, element, scratch.right_lines);
+      kernels.pack_left_outer(scratch.left, scratch.left_lines.data() + k, count, tile.row, tile.rows);
     }
     int64_t line = 0;
     for (int64_t panel = 0; panel < num_panels; ++panel) {
@@ -113,29 +113,38 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
       const int64_t next_cols = panels.cols(more ? panel + 1 : 0);
       // While a panel is multiplied, the next one's weights are fetched; after the last, the first of the next block.
       Fetch wanted;
+      const char* const* lines = scratch.right_lines.data();
+      const int64_t next_count = std::min(step, inner - k - step);
       if (right_inner) {
-        const char* const* lines = scratch.right_lines.data();
         kernels.pack_right_inner(scratch.right, lines + line, cols, k, count);
         line += cols;
         if (more) wanted = {lines + line, next_cols, k * element, count * element};
-        if (!more && !last)
-          wanted = {lines, next_cols, (k + step) * element, std::min(step, inner - k - step) * element};
+        if (!more && !last) wanted = {lines, next_cols, (k + step) * element, next_count * element};
       } else {
-        kernels.pack_right_outer(scratch.right, scratch.right_lines.data(), count, panels.source(panel), cols);
-        if (more) wanted = {scratch.right_lines.data(), count, panels.source(panel + 1) * element, next_cols * element};
+        kernels.pack_right_outer(scratch.right, lines + k, count, panels.source(panel), cols);
+        if (more) wanted = {lines + k, count, panels.source(panel + 1) * element, next_cols * element};
+        if (!more && !last) wanted = {lines + k + step, next_count, panels.source(0) * element, next_cols * element};
+      }
+      if (last && output && cols == kernels.panel_cols) {
+        const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
+        kernels.multiply(scratch.left, scratch.right, tile.rows, depth, scratch.sums + panel * panel_bytes, k == 0,
+                         {output->data + tile.row * stride + col * kernels.output_bytes, stride,
+                          output->bias ? output->bias + col * element : nullptr, output->stream},
+                         wanted);
+        continue;
       }
       if (inner <= step && !product.pair) {
         // One block: every strip is finished as it comes, so that writing it overlaps with the next one's arithmetic.
         for (int64_t row = 0; row < tile.rows; row += kernels.strip_rows) {
           const int64_t rows = std::min(kernels.strip_rows, tile.rows - row);
           kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, scratch.right, rows, depth,
-                           scratch.sums, true, row == 0 ? wanted : Fetch{});
+                           scratch.sums, true, {}, row == 0 ? wanted : Fetch{});
           finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
         }
         continue;
       }
       char* sums = scratch.sums + panel * panel_bytes;
-      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, wanted);
+      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, {}, wanted);
       if (last && panels.completes(panel)) {
         finish({tile.row, tile.rows, tile.col + panels.col(panel), cols, product.pair ? sums - panel_bytes : sums,
                 product.pair ? sums : nullptr, kernels.panel_cols});
@@ -270,15 +279,37 @@ const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
   return kernels_of(type, dtype != output_dtype);
 }
 
+namespace {
+
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
-                   const std::function<void(const TileSums&)>& finish) {
+                   const std::function<void(const TileSums&)>& finish, const Output* output) {
   thread_local Scratch scratch;
   const Way way = choose_way(product, kernels);
   if (way == Way::kPacked) {
-    multiply_packed(product, tile, kernels, finish, scratch);
+    multiply_packed(product, tile, kernels, finish, output, scratch);
   } else {
     multiply_in_place(product, tile, kernels, way, finish, scratch);
   }
+}
+
+}  // namespace
+
+void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
+                   const std::function<void(const TileSums&)>& finish) {
+  multiply_tile(product, tile, kernels, finish, nullptr);
+}
+
+void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels, const Output& output) {
+  const int64_t stride = product.right.cols * kernels.output_bytes;
+  const auto finish = [&](const TileSums& sums) {
+    kernels.finish(sums.sums, sums.stride, sums.rows, sums.cols,
+                   output.bias ? output.bias + sums.col * kernels.element_bytes : nullptr,
+                   output.data + sums.row * stride + sums.col * kernels.output_bytes, stride);
+  };
+  multiply_tile(product, tile, kernels, finish, &output);
+#ifdef __SSE2__
+  if (output.stream) _mm_sfence();
+#endif
 }
 
 TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKernels& kernels)

@@ -28,8 +28,10 @@ constexpr int kWarpgroup = 128;
 constexpr int kMathWarpgroups = 2;
 constexpr int kMathThreads = kMathWarpgroups * kWarpgroup;
 constexpr int kProductThreads = kMathThreads + kWarpgroup;
-// Together what a multiprocessor has: 128 * 56 + 256 * 224 = 64512 of 65536.
+// Of each thread, once roles are known; together no more than the block was launched with.
+constexpr int kLaunchRegisters = 64 * 1024 / kProductThreads / 8 * 8;
 constexpr int kProducerRegisters = 56, kMathRegisters = 224;
+static_assert(kWarpgroup * kProducerRegisters + kMathThreads * kMathRegisters <= kProductThreads * kLaunchRegisters);
 // Named barriers; 0 is __syncthreads.
 constexpr int kMathBarrier = 1, kFirstWarpgroupBarrier = 2;
 

@@ -21,9 +21,7 @@ constexpr MapType map_type() {
 template <typename Config>
 const char* launch(const ProductArguments& arguments, int64_t tiles, int multiprocessors, cudaStream_t stream) {
   const auto kernel = product_kernel<Config>;
-#ifndef MOE_EXT_EMULATED
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{Config::kSharedBytes}));
-#endif
+  allow_shared_bytes(kernel, Config::kSharedBytes);
   launch_kernel(kernel, static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors)), kProductThreads,
                 Config::kSharedBytes, stream, arguments);
   return nullptr;

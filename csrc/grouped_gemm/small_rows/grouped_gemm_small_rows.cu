@@ -179,12 +179,11 @@ Machine read_machine(int device) {
 // Lets the kernel take `shared_bytes`; returns how many of its blocks a multiprocessor holds.
 template <typename Kernel>
 int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
+  allow_shared_bytes(kernel, shared_bytes);
 #ifdef MOE_EXT_EMULATED
   return kManyItemsBlocks;
 #else
   int blocks = 0;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
   return blocks;
 #endif

@@ -6,10 +6,11 @@ Everything here is ``torch.distributed.all_to_all_single``: NCCL on GPUs, gloo o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,11 @@ class Exchange(ABC):
 
     @abstractmethod
     def exchange_counts(self, send_counts: Tensor) -> Tensor:
-        """[num_ranks, columns] integers -> a tensor on the same device from which :meth:`splits` reads."""
+        """[num_ranks, columns] integers, a row for each rank -> a tensor on the same device.
+
+        Its first ``num_ranks`` rows are what was given, the next what every rank sent to this one; :meth:`splits` reads
+        them and what follows.
+        """
 
     @abstractmethod
     def splits(self, counts: list[list[int]]) -> list[Splits]:
@@ -141,8 +146,9 @@ class FlatExchange(Exchange):
 
     def timeout(self) -> timedelta:
         """That of the process group."""
-        options = self.group._get_backend(torch.device("cpu")).options  # type: ignore[union-attr]
-        timeout: timedelta = options._timeout
+        group = self.group
+        assert group is not None
+        timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
         return timeout
 
 
@@ -155,7 +161,8 @@ def regroup_blocks(rows: Tensor, sizes: list[int], outer: int, inner: int) -> Te
 class HierarchicalExchange(Exchange):
     """Two levels: first inside the node, so that what goes to another node leaves in larger messages (Tutel's 2DH).
 
-    Only permutes, so it equals a flat exchange over ranks ``node * ranks_per_node + local_rank`` bitwise.
+    Only permutes, so it equals a flat exchange over ranks ``node * ranks_per_node + local_rank`` bitwise. With
+    ``DispatchOptions(form="node")`` the levels are two dispatches, so that a token crosses to a node once.
 
     Args:
         intra: between the ranks of a node.
@@ -169,26 +176,46 @@ class HierarchicalExchange(Exchange):
         self.num_ranks = intra.num_ranks * inter.num_ranks
         self._stream: torch.cuda.Stream | None = None
 
+    @overload
     @staticmethod
-    def over_world(ranks_per_node: int) -> HierarchicalExchange:
-        """Over all processes, nodes being consecutive ranks. Makes the groups of both levels: every process calls it.
+    def over(ranks_per_node: int) -> HierarchicalExchange: ...
+    @overload
+    @staticmethod
+    def over(ranks_per_node: int, subsets: Sequence[Sequence[int]]) -> HierarchicalExchange | None: ...
+    @staticmethod
+    def over(ranks_per_node: int, subsets: Sequence[Sequence[int]] | None = None) -> HierarchicalExchange | None:
+        """Makes the groups of both levels, with the timeout of all processes' group, nodes being consecutive ranks.
+
+        Every process calls it, with the same arguments, as it calls ``torch.distributed.new_group``.
+
+        Args:
+            ranks_per_node: of each node.
+            subsets: disjoint sets of ranks, one exchange over each; None: one over all.
+
+        Returns:
+            The exchange over the subset that this process is in; None if it is in none.
 
         Raises:
-            ValueError: ``ranks_per_node`` does not divide the number of processes.
+            ValueError: ``ranks_per_node`` does not divide the number of ranks, or a rank is in two subsets.
         """
-        num_ranks, mine = dist.get_world_size(), dist.get_rank()
-        if ranks_per_node < 1 or num_ranks % ranks_per_node:
-            raise ValueError(f"ranks_per_node: expected a divisor of {num_ranks} ranks, got {ranks_per_node}")
-        nodes = [list(range(i, i + ranks_per_node)) for i in range(0, num_ranks, ranks_per_node)]
-        columns = [list(column) for column in zip(*nodes, strict=True)]
-
-        def exchange_of(lists: list[list[int]]) -> FlatExchange:
-            groups = {tuple(members): dist.new_group(members) for members in lists}
-            group = next(group for members, group in groups.items() if mine in members)
-            assert isinstance(group, dist.ProcessGroup)
-            return FlatExchange(group)
-
-        return HierarchicalExchange(exchange_of(nodes), exchange_of(columns))
+        whole = FlatExchange()
+        every = [sorted(subset) for subset in subsets or [range(whole.num_ranks)]]
+        if len(set(chain(*every))) < sum(map(len, every)):
+            raise ValueError(f"subsets: expected no rank in two of them, got {every}")
+        exchange = None
+        for ranks in every:
+            if ranks_per_node < 1 or len(ranks) % ranks_per_node:
+                raise ValueError(f"ranks_per_node: expected a divisor of {len(ranks)} ranks, got {ranks_per_node}")
+            nodes = [ranks[i : i + ranks_per_node] for i in range(0, len(ranks), ranks_per_node)]
+            columns = [list(column) for column in zip(*nodes, strict=True)]
+            mine = [
+                FlatExchange(group)
+                for members in (*nodes, *columns)
+                if isinstance(group := dist.new_group(members, timeout=whole.timeout()), dist.ProcessGroup)
+            ]
+            if mine:
+                exchange = HierarchicalExchange(*mine)
+        return exchange
 
     def start(self, rows: Tensor, splits: Splits | None, *, reverse: bool = False, what: str = "rows") -> Pending:
         run = self._reverse if reverse and splits is not None else self._forward

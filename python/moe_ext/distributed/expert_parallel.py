@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from moe_ext.distributed.dispatch import DispatchOptions, Received, start_combine, start_dispatch
+from moe_ext.distributed.dispatch import start_combine, start_dispatch
 from moe_ext.distributed.exchange import Exchange
+from moe_ext.distributed.level import PendingReturn, Received, make_anchor
+from moe_ext.distributed.node_dispatch import PendingNodeReturn
+from moe_ext.distributed.options import DispatchOptions
 
 
 class ExpertParallelOutput(NamedTuple):
@@ -31,14 +35,18 @@ def expert_parallel(
     options: DispatchOptions | None = None,
     *,
     degree: int = 1,
+    backward_degree: int | None = None,
 ) -> ExpertParallelOutput:
     """Dispatch, compute, combine.
 
     With ``degree`` > 1 tokens are cut into that many chunks. All dispatches are started at once; while the experts work
     on a chunk, the next one arrives and the last one returns (on CUDA on the collective's own stream), in the backward
-    as in the forward. Rows do not depend on their chunk: outputs and the gradients of ``hidden`` and ``topk_weights``
-    are the same bits for every degree as long as the experts' kernel is the same for every number of rows; the
-    gradients of expert weights are sums over chunks.
+    as in the forward, whose layout and activations it uses. Rows do not depend on their chunk: outputs and the
+    gradients of ``hidden`` and ``topk_weights`` are the same bits for every degree as long as the experts' kernel is
+    the same for every number of rows; the gradients of expert weights are sums over chunks.
+
+    Another degree for the backward needs other activations: with ``backward_degree`` the forward keeps its inputs
+    alone, and the backward runs it again in that many chunks.
 
     Args:
         hidden, topk_ids, topk_weights, exchange, rank_expert_offsets, options: as in
@@ -48,20 +56,65 @@ def expert_parallel(
             autograd, even if this rank has no experts.
         degree: how many chunks; the same on all ranks. :func:`moe_ext.distributed.choose_degree` finds
             one.
+        backward_degree: how many in the backward, which then begins with the forward once more: less memory for more
+            time. Gradients by ``backward()`` (as :func:`torch.utils.checkpoint.checkpoint` with ``use_reentrant=True``,
+            which this is), not by ``torch.autograd.grad``. None: the forward's.
 
     Returns:
         :class:`ExpertParallelOutput`.
 
     Raises:
-        ValueError: ``degree`` < 1.
+        ValueError: a degree < 1, or ``backward_degree`` with ``overflow="drop"``, where each degree would drop others.
         RuntimeError, ExchangeError: as in dispatch and combine.
     """
     if degree < 1:
         raise ValueError(f"degree: expected an integer >= 1, got {degree}")
+    if backward_degree is not None:
+        if backward_degree < 1:
+            raise ValueError(f"backward_degree: expected None or an integer >= 1, got {backward_degree}")
+        if options is not None and options.rows_per_rank is not None and options.overflow == "drop":
+            raise ValueError(
+                "backward_degree: expected None with overflow='drop', where the degree decides what is dropped"
+            )
+
+    chunks_with_grad = degree if backward_degree is None else backward_degree
+
+    def run(hidden: Tensor, topk_weights: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        chunks = chunks_with_grad if torch.is_grad_enabled() else degree
+        return _run_pipeline(hidden, topk_ids, topk_weights, experts, exchange, rank_expert_offsets, options, chunks)
+
+    if backward_degree is None or not torch.is_grad_enabled():
+        return ExpertParallelOutput(*run(hidden, topk_weights))
+    # Without gradient in the first run, with it in the second; the anchor makes that one happen on every rank. A
+    # capturing stream does not tell its random state.
+    capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    output, dropped = checkpoint(
+        run, hidden, topk_weights, make_anchor(hidden.device), use_reentrant=True, preserve_rng_state=not capturing
+    )
+    return ExpertParallelOutput(output, dropped)
+
+
+def _run_pipeline(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    experts: Callable[[Received], Tensor],
+    exchange: Exchange,
+    rank_expert_offsets: Tensor,
+    options: DispatchOptions | None,
+    degree: int,
+) -> tuple[Tensor, Tensor]:
     arriving = start_dispatch(hidden, topk_ids, topk_weights, exchange, rank_expert_offsets, options, chunks=degree)
-    returning = []
-    for chunk in arriving:
+    returning: list[PendingReturn | PendingNodeReturn] = []
+    dropped = []
+    for index, chunk in enumerate(arriving):
+        # In two levels: the next chunk comes into the node, and the last one leaves it, while this one is computed.
+        for ahead in arriving[index : index + 2]:
+            ahead.advance()
         received = chunk.finish()
+        dropped.append(received.layout.dropped_rows)
         returning.append(start_combine(experts(received), received.layout))
-    output = torch.cat([chunk.finish() for chunk in returning]) if degree > 1 else returning[0].finish()
-    return ExpertParallelOutput(output, torch.stack([chunk.layout.dropped_rows for chunk in arriving]).sum())
+        if index:
+            returning[index - 1].advance()
+    outputs = [chunk.finish() for chunk in returning]
+    return torch.cat(outputs) if degree > 1 else outputs[0], torch.stack(dropped).sum()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moe_ext.distributed.exchange import Exchange
 
-DEGREES = (1, 2, 4, 8, 16)
+# Powers of two alone can be 9% slower than the best degree up to 16; with these between, 3%.
+DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 class LinearCost(NamedTuple):
@@ -88,8 +89,9 @@ def choose_degree(costs: PipelineCosts | Sequence[PipelineCosts], rows: int, deg
     """The degree with the least time; the smaller one of two that are equally good.
 
     Args:
-        costs: of one direction, or of several that run in the same chunks and whose times add up: for training
-            ``[profile.forward, profile.backward]``.
+        costs: of one direction, or of several that run in the same chunks and whose times add up. For training
+            ``[profile.forward, profile.backward]``; with a ``backward_degree`` of its own, ``profile.forward`` for the
+            one and both again for the other, whose backward begins with the forward.
         rows: that a rank receives in one layer call, all chunks together.
         degrees: to choose from.
 

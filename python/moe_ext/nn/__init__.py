@@ -11,7 +11,14 @@ from moe_ext.nn.experts import (
 )
 from moe_ext.nn.layer import LayerStatistics, MoE, MoELayer, MoEOutput, SharedExpert
 from moe_ext.nn.lora import LoRAExperts, LoRALinear, LoRAMLPExperts, RankOneExperts
-from moe_ext.nn.losses import cv_squared, dense_weights, expert_importance, smooth_load, update_selection_bias
+from moe_ext.nn.losses import (
+    cv_squared,
+    dense_weights,
+    device_balance_losses,
+    expert_importance,
+    smooth_load,
+    update_selection_bias,
+)
 from moe_ext.nn.multi_gate import GateMaps, MultiGatePlan, multi_gate_combine, multi_gate_mixture, multi_gate_plan
 from moe_ext.nn.noise import NoisyRouting, NoisyTopKRouter, gaussian_noise, gumbel_noise, input_jitter, straight_through
 from moe_ext.nn.router import ExpertChoiceRouter, Router, Routing, TopKRouter
@@ -52,6 +59,7 @@ __all__ = [
     "dense_outputs",
     "dense_plan",
     "dense_weights",
+    "device_balance_losses",
     "expert_importance",
     "expert_rows",
     "gaussian_noise",

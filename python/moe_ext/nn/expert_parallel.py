@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_ext.distributed.dispatch import DispatchOptions, Received
 from moe_ext.distributed.exchange import Exchange
 from moe_ext.distributed.expert_map import ExpertMap
 from moe_ext.distributed.expert_parallel import expert_parallel
+from moe_ext.distributed.level import Received
+from moe_ext.distributed.node_dispatch import levels_of
+from moe_ext.distributed.options import DispatchOptions
 from moe_ext.nn.experts import Experts
 from moe_ext.nn.layer import MoEOutput, SharedExpert
 from moe_ext.nn.router import TopKRouter
+from moe_ext.ops.autocast import cast_for_product
 from moe_ext.ops.gating import router_losses
 from moe_ext.ops.plan import routing_plan
 
@@ -40,7 +43,7 @@ class ExpertParallelMoE(nn.Module):
         expert_map: which rank holds which expert, with copies or without; default: consecutive, even. With
             ``tensor_parallel`` its ranks are groups of that many.
         dispatch: how rows travel.
-        degree: chunks of the pipeline, see :func:`moe_ext.distributed.expert_parallel`.
+        degree, backward_degree: chunks of the pipeline, see :func:`moe_ext.distributed.expert_parallel`.
         bottleneck_size: BigMac: project to this width before the dispatch and back after the combine; the experts work
             at it, and bytes shrink by ``bottleneck_size / hidden_size``.
         tensor_parallel: cut every expert's intermediate size over this many consecutive ranks. A token travels to each
@@ -66,6 +69,7 @@ class ExpertParallelMoE(nn.Module):
         expert_map: ExpertMap | None = None,
         dispatch: DispatchOptions | None = None,
         degree: int = 1,
+        backward_degree: int | None = None,
         bottleneck_size: int | None = None,
         tensor_parallel: int = 1,
         shared_intermediate_size: int = 0,
@@ -91,7 +95,10 @@ class ExpertParallelMoE(nn.Module):
                 f"expert_map: expected {num_experts} experts on {groups} ranks, got {self.map.num_logical} on "
                 f"{self.map.num_ranks}"
             )
-        self.exchange, self.dispatch, self.degree = exchange, dispatch or DispatchOptions(), degree
+        self.exchange, self.dispatch = exchange, dispatch or DispatchOptions()
+        self.degree, self.backward_degree = degree, backward_degree
+        if self.dispatch.form == "node":
+            levels_of(exchange)
         self.num_experts, self.tensor_parallel = num_experts, tensor_parallel
         self.group, self.share = divmod(exchange.rank, tensor_parallel)
         self.local_experts = self.map.local_experts(self.group)
@@ -135,7 +142,8 @@ class ExpertParallelMoE(nn.Module):
             shares = self.share_ids[ids.clamp(min=0).long()]
             ids = torch.where(ids[..., None] >= 0, shares, -1).flatten(1)
             travelling_weights = topk_weights.repeat_interleave(self.tensor_parallel, 1)
-        travelling = rows if self.descend is None else self.descend(rows)
+        # The experts would cast them there: under autocast half the bytes travel.
+        travelling = cast_for_product(rows if self.descend is None else self.descend(rows))
         output, dropped = expert_parallel(
             travelling,
             ids,
@@ -145,6 +153,7 @@ class ExpertParallelMoE(nn.Module):
             self.rank_expert_offsets,
             self.dispatch,
             degree=self.degree,
+            backward_degree=self.backward_degree,
         )
         if self.ascend is not None:
             output = self.ascend(output)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_ext.activation_names import GATED_ACTIVATIONS
+from moe_ext.activation_names import ACTIVATIONS, GATED_ACTIVATIONS
 from moe_ext.nn.backend import Backend, BackendModule
 from moe_ext.plan_types import RoutingPlan
 
@@ -25,6 +25,9 @@ class Experts(BackendModule):
 
     The parameters are ``gate_up_weight`` and ``down_weight`` in the shapes that :func:`moe_ext.moe_mlp` documents, and
     ``gate_up_bias`` [num_experts, gate and up columns] and ``down_bias`` [num_experts, hidden_size] or None.
+
+    Raises:
+        ValueError: an activation or a layout of that name does not exist.
     """
 
     def __init__(
@@ -40,6 +43,10 @@ class Experts(BackendModule):
         backend: Backend = "kernels",
     ) -> None:
         super().__init__(backend)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if weight_layout not in ("enk", "ekn"):
+            raise ValueError(f"weight_layout: expected enk or ekn, got {weight_layout!r}")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.gate_up_layout, self.weight_layout = activation, gate_up_layout, weight_layout
         up_columns = intermediate_size * (2 if activation in GATED_ACTIVATIONS else 1)
@@ -47,7 +54,19 @@ class Experts(BackendModule):
         self.down_weight = nn.Parameter(torch.empty(self._shape(hidden_size, intermediate_size)))
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, up_columns)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size)) if bias else None
+        self.register_buffer("trainable_experts", None, persistent=False)
         self.reset_parameters()
+
+    def freeze_experts(self, ids: Sequence[int]) -> None:
+        """From now on experts ``ids`` get gradient zero, for which no product is spent; () trains all again.
+
+        Zero is still a gradient: an optimizer with weight decay or momentum moves them. Experts that must stay bitwise
+        as they are belong into a group of their own (:class:`ExpertGroups`) without ``requires_grad``.
+        """
+        if wrong := [e for e in ids if not 0 <= e < self.num_experts]:
+            raise ValueError(f"ids: expected ids of {self.num_experts} experts, got {wrong[0]}")
+        trained = torch.tensor([e not in ids for e in range(self.num_experts)], device=self.down_weight.device)
+        self.trainable_experts = trained if ids else None
 
     def _shape(self, outputs: int, inputs: int) -> tuple[int, int, int]:
         return (
@@ -78,6 +97,7 @@ class Experts(BackendModule):
             gate_up_layout=self.gate_up_layout,
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
+            trainable_experts=self.trainable_experts,
         )
         return output
 
@@ -150,9 +170,7 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, hidden: Tensor, plan: RoutingPlan, topk_weights: Tensor) -> Tensor:
         """hidden [num_tokens, hidden_size] -> the same shape; of the plan only which slots it holds is used."""
-        slot_to_permuted = plan.slot_to_permuted.view(topk_weights.shape)
-        expert = torch.searchsorted(plan.expert_offsets[1:], slot_to_permuted, right=True)
-        expert = torch.where(slot_to_permuted >= 0, expert, self.num_experts)
+        expert = plan.topk_ids(hidden.shape[0], topk_weights)
         copies = (expert >= self.num_constant) & (expert < self.num_constant + self.num_copy)
         scale = torch.where(copies, topk_weights, 0.0).sum(-1)
         # [num_tokens, num_constant]: the weight of each constant expert.

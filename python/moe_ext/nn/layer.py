@@ -88,7 +88,7 @@ class MoE(BackendModule):
     ``statistics`` holds a :class:`LayerStatistics` of the last call, None before the first.
 
     Raises:
-        ValueError: the experts are not as many as the router knows.
+        ValueError: the experts are not as many as the router knows, or the capacity factor is not above 0.
         TypeError: an option that :func:`moe_ext.router_losses` does not have.
     """
 
@@ -106,6 +106,8 @@ class MoE(BackendModule):
         super().__init__(backend)
         if (found := count_experts(experts)) != router.num_experts:
             raise ValueError(f"experts: expected {router.num_experts}, the router's number, got {found}")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor: expected a number > 0, or None for dropless, got {capacity_factor}")
         self.router, self.experts, self.shared = router, experts, shared
         self.capacity_factor = capacity_factor
         self.sequence_level = sequence_level

@@ -1,9 +1,73 @@
-"""What trains or steers a router beside :func:`moe_ext.router_losses`: CV^2 losses, smooth load, loss-free bias."""
+"""What trains or steers a router beside :func:`moe_ext.router_losses`: losses over devices, CV^2 losses, smooth load,
+loss-free bias."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from moe_ext.ops.gating import ScoreFunction, router_losses
+
+
+def device_balance_losses(
+    logits: Tensor,
+    topk_ids: Tensor,
+    num_devices: int,
+    *,
+    devices_per_token: int | None = None,
+    score_function: ScoreFunction = "softmax",
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek's losses over devices: of their computation, and of the tokens that are sent to them.
+
+    Experts stand on ``num_devices`` devices, in order and equally many on each. With P' the sum of a device's P, the
+    device loss (DeepSeekMoE, arXiv 2401.06066) is ``sum_d f'_d P'_d``, f' the mean of ``num_experts / (topk T) n_e``
+    over the device's experts; the communication loss (DeepSeek-V2, arXiv 2405.04434) is ``sum_d f''_d P'_d`` with
+    ``f'' = num_devices / (M T)`` times the number of tokens sent to the device, once each. Both are 1 where all is
+    even. They are :func:`moe_ext.router_losses` over devices in the place of experts.
+
+    Args:
+        logits: [num_tokens, num_experts] floating.
+        topk_ids: [num_tokens, topk] int32 or int64; ids out of range count for no device.
+        num_devices: a divisor of num_experts.
+        devices_per_token: M, the most devices that a token may go to; None for ``min(topk, num_devices)``.
+        score_function, token_mask: as in :func:`moe_ext.router_losses`.
+
+    Returns:
+        Two scalars, float32 (float64 for float64 logits), differentiable in ``logits``.
+
+    Raises:
+        ValueError: num_devices is no divisor of the number of experts.
+        RuntimeError: as :func:`moe_ext.router_losses`.
+    """
+    num_experts = logits.shape[1]
+    if num_devices < 1 or num_experts % num_devices:
+        raise ValueError(f"num_devices: expected a divisor of {num_experts} experts, got {num_devices}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if token_mask is not None:
+        logits = logits.masked_fill(~token_mask[:, None], 0.0)  # whatever a masked token holds
+    scores = _SCORES[score_function](logits).view(logits.shape[0], num_devices, num_experts // num_devices).sum(-1)
+    devices = torch.div(topk_ids, num_experts // num_devices, rounding_mode="floor")
+    of_computation, _, _ = router_losses(scores, devices, score_function="identity", token_mask=token_mask)
+    # A token counts once for each of its devices.
+    ordered = devices.sort(dim=1).values
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    sent, _, _ = router_losses(
+        scores, ordered.masked_fill(again, -1), score_function="identity", token_mask=token_mask, load="fraction"
+    )
+    most = devices_per_token or min(topk_ids.shape[1], num_devices)
+    return of_computation, sent * (num_devices / most)
+
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
+    "identity": lambda logits: logits,
+}
 
 
 def cv_squared(values: Tensor, *, correction: int = 1, eps: float = 1e-10) -> Tensor:

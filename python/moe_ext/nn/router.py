@@ -30,12 +30,17 @@ class Router(BackendModule):
 
     ``logits`` is any module that maps rows [num_tokens, hidden_size], and what else a call hands it, to
     [num_tokens, num_experts]. A module in a 16-bit dtype runs on fp32 copies of its parameters.
+
+    Raises:
+        ValueError: topk is below 1 or above num_experts.
     """
 
     def __init__(
         self, hidden_size: int, num_experts: int, topk: int, logits: nn.Module | None, backend: Backend
     ) -> None:
         super().__init__(backend)
+        if not 1 <= topk <= num_experts:
+            raise ValueError(f"topk: expected 1 to num_experts = {num_experts}, got {topk}")
         self.hidden_size, self.num_experts, self.topk = hidden_size, num_experts, topk
         self.logits = nn.Linear(hidden_size, num_experts, bias=False) if logits is None else logits
 
@@ -46,6 +51,11 @@ class Router(BackendModule):
 
     def compute_logits(self, hidden: Tensor, *context: Any) -> Tensor:
         """hidden [num_tokens, hidden_size] -> logits [num_tokens, num_experts]."""
+        if not hidden.is_floating_point() or hidden.shape[1:] != (self.hidden_size,):
+            raise ValueError(
+                f"hidden: expected floating rows [num_tokens, hidden_size = {self.hidden_size}], "
+                f"got {str(hidden.dtype).removeprefix('torch.')} {list(hidden.shape)}"
+            )
         precision = torch.promote_types(hidden.dtype, torch.float32)
         with without_autocast(hidden):
             inputs = tuple(_widened(x, precision) for x in (hidden, *context))
@@ -84,6 +94,7 @@ class TopKRouter(Router):
         gating: further keyword arguments of :func:`moe_ext.topk_gating`.
 
     Raises:
+        ValueError: topk is below 1 or above num_experts.
         TypeError: an option that :func:`moe_ext.topk_gating` does not have.
     """
 
@@ -123,7 +134,8 @@ class TopKRouter(Router):
             gating: options of the router for this call, in the place of its own.
 
         Raises:
-            ValueError: ``logits`` returned another shape than [num_tokens, num_experts].
+            ValueError: ``hidden`` is not floating or of another hidden size, or ``logits`` returned another shape than
+                [num_tokens, num_experts].
             TypeError: an option that the router does not have.
         """
         return self.gate(self.compute_logits(hidden, *context), **gating)

@@ -103,8 +103,12 @@ def moe_mlp(
         product and no memory.
 
     Raises:
-        RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
+        RuntimeError: an argument has the wrong dtype, number of axes, size, device or name, or the plan is that of
+            another number of tokens or topk; the message names it.
+        TypeError: ``plan`` is no :class:`RoutingPlan`.
     """
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(f"plan: expected a RoutingPlan, as moe_ext.routing_plan returns, got {type(plan).__name__}")
     input, gate_up_weight = cast_for_product(input), cast_for_product(gate_up_weight)
     down_weight = cast_for_product(down_weight)
     gate_up_bias, down_bias = cast_for_product(gate_up_bias), cast_for_product(down_bias)

@@ -21,10 +21,10 @@ def low_rank_experts(input: Tensor, lora_a: Tensor, lora_b: Tensor, topk_ids: Te
     """Sum low-rank experts: ``sum_j w[t, j] * lora_b[e].T @ lora_a[e] @ input[t]``, ``e = topk_ids[t, j]``.
 
     At rank 1 an expert is one rank of an adapter, ``B diag(g) A x`` with a sparse g: rank-wise experts (SMoRA, arXiv
-    2501.15103). Only the chosen rows of the weights are read, and nothing of size [num_tokens * topk, features] is
-    made. For few ranks per expert: from about 8 on the grouped products of :class:`moe_ext.nn.LoRAExperts` are faster
-    on the CPU, unless tokens are few. Under ``torch.autocast`` input and weights are cast to autocast's dtype, and so
-    is the result.
+    2501.15103). Only the chosen rows of the weights are multiplied, and nothing of size [num_tokens * topk, features]
+    is made. For few ranks per expert: :class:`moe_ext.nn.LoRAExperts` takes it on the CPU for those where it is faster
+    than grouped products. Under ``torch.autocast`` input and weights are cast to autocast's dtype, and so is the
+    result.
 
     Args:
         input: [num_tokens, in_features], float32, bfloat16 or float16 (float64 on the CPU).
@@ -38,6 +38,7 @@ def low_rank_experts(input: Tensor, lora_a: Tensor, lora_b: Tensor, topk_ids: Te
         [num_tokens, out_features] in the dtype of ``input``, accumulated in fp32 and rounded once; zeros for a token
         without experts. Differentiable once in every floating argument; the weight of an id outside
         ``[0, num_experts)`` gets gradient zero. The backward sorts the slots with :func:`moe_ext.routing_plan`.
+        Arguments that need no gradient cost it no product and no memory.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
@@ -66,9 +67,13 @@ def _low_rank_experts_backward_fake(
     projection: Tensor,
     expert_offsets: Tensor,
     permuted_to_slot: Tensor,
+    output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     likes = (input, lora_a, lora_b, topk_weights)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in likes)
+    return tuple(
+        like.new_empty(like.shape[0] if wanted else 0, *like.shape[1:])
+        for like, wanted in zip(likes, output_mask, strict=True)
+    )
 
 
 def _low_rank_experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -82,6 +87,7 @@ def _low_rank_experts_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[
         return (None,) * 5
     input, lora_a, lora_b, topk_ids, topk_weights, projection = ctx.saved_tensors
     plan = routing_plan(topk_ids, lora_a.shape[0])
+    needed = [ctx.needs_input_grad[place] for place in (0, 1, 2, 4)]
     grads = _ops.low_rank_experts_backward(
         grad,
         input,
@@ -92,8 +98,8 @@ def _low_rank_experts_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[
         projection,
         plan.expert_offsets,
         plan.permuted_to_slot,
+        needed,
     )
-    needed = [ctx.needs_input_grad[place] for place in (0, 1, 2, 4)]
     grad_input, grad_down, grad_up, grad_weights = (g if n else None for g, n in zip(grads, needed, strict=True))
     return grad_input, grad_down, grad_up, None, grad_weights
 

@@ -27,6 +27,7 @@ from moe_ext.recipes.cmoe import CMoE
 from moe_ext.recipes.deepseek_moe import DeepSeekMoE, DeepSeekV2MoE, DeepSeekV3MoE
 from moe_ext.recipes.emoe import EMoE
 from moe_ext.recipes.ewa import EWA
+from moe_ext.recipes.expertflow import RoutePredictor, compare_caches, run_regrouped
 from moe_ext.recipes.factor_llm import FactorLLM
 from moe_ext.recipes.feamoe import FEAMOE
 from moe_ext.recipes.fsmoe import FSMoE
@@ -49,7 +50,7 @@ from moe_ext.recipes.pill import PILLAdapters, PILLValueGate
 from moe_ext.recipes.pmoe import PMOE
 from moe_ext.recipes.post_moe import PostMoE
 from moe_ext.recipes.rocket import Rocket, select_experts
-from moe_ext.recipes.scmoe import self_contrast, weak_routing
+from moe_ext.recipes.scmoe import random_routing, self_contrast, weak_routing
 from moe_ext.recipes.smora import SMoRA
 from moe_ext.recipes.sparsely_gated_moe import SparselyGatedMoE
 from moe_ext.recipes.switch_dit import SwitchDiTBlock
@@ -95,6 +96,7 @@ __all__ = [
     "PILLValueGate",
     "PostMoE",
     "Rocket",
+    "RoutePredictor",
     "SMoRA",
     "SparselyGatedMoE",
     "SwitchDiTBlock",
@@ -109,6 +111,7 @@ __all__ = [
     "btm_ensemble",
     "btm_log_prior",
     "btm_posterior",
+    "compare_caches",
     "compress_experts",
     "compression_costs",
     "experts_per_layer",
@@ -116,6 +119,8 @@ __all__ = [
     "loramoe_loss",
     "mentor_loss",
     "prune_routing",
+    "random_routing",
+    "run_regrouped",
     "select_experts",
     "self_contrast",
     "suppress_experts",

@@ -4,7 +4,8 @@ Mixture-of-Experts Language Models", arXiv 2401.06066; V2 arXiv 2405.04434; V3 a
 ``y = sum_shared E_s(x) + scale * sum_topk g_e E_e(x)``. V1: ``g = softmax(x W)``, not renormalised. V2: the same, the
 experts from the ``topk_groups`` groups with the highest single scores. V3: ``g = sigmoid(x W)`` renormalised; the
 selection adds a bias that balances the load without a loss, groups go by their two best. The balance loss is
-``sum_e f_e P_e``, per batch or, with ``sequence_level``, per sequence.
+``sum_e f_e P_e``, per batch or, with ``sequence_level``, per sequence; V2 adds one over devices and one over what is
+sent to them, a device being a group.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ext.nn import MoELayer, Routing, update_selection_bias
+from moe_ext.nn import MoELayer, MoEOutput, Routing, device_balance_losses, update_selection_bias
 
 
 class DeepSeekMoE(MoELayer):
@@ -59,6 +60,12 @@ class DeepSeekV2MoE(DeepSeekMoE):
         kept = torch.zeros(rows.shape[0], self.num_groups, dtype=torch.bool, device=rows.device).scatter(1, best, True)
         mask = kept.repeat_interleave(scores.shape[1] // self.num_groups, dim=1)
         return self.router.gate(logits, expert_mask=mask, external_weights=scores, **gating)
+
+    def device_losses(self, output: MoEOutput) -> tuple[Tensor, Tensor]:
+        """Of computation and of communication, with groups as devices; times 0.05 and 0.02 in the paper."""
+        return device_balance_losses(
+            output.logits, output.topk_ids, self.num_groups, devices_per_token=self.topk_groups
+        )
 
 
 class DeepSeekV3MoE(DeepSeekMoE):

@@ -3,7 +3,8 @@ Forgetting in Large Language Models via MoE-Style Plugin", arXiv 2312.09979).
 
 ``W x + sum_e softmax(G x)_e B_e A_e x`` over all experts, which is two wide products. Experts and samples have a type
 (world knowledge, task); with ``Q[e, s]`` the weight that sample s gives expert e, and ``I = 1 + delta`` where the types
-agree, else ``1 - delta``, the loss is ``var(I Q) / mean(I Q)^2``: it moves every type to its group of experts.
+agree, else ``1 - delta``, the loss is ``var(I Q) / mean(I Q)^2``. It is least where Q goes as ``1 / I``: types part.
+Taken literally, as in the authors' code, an expert of a sample's own type then has less weight than the others.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def loramoe_loss(weights: Tensor, sample_types: Tensor, expert_types: Tensor, *,
         weights: [num_samples, tokens per sample, num_experts] of :class:`LoRAMoEOutput`; zero where there is no token.
         sample_types: [num_samples] integers.
         expert_types: [num_experts] integers.
-        delta: how strongly types attract, in [0, 1].
+        delta: how far types part, in [0, 1].
 
     Returns:
         A scalar, the squared coefficient of variation of I Q with the sample variance.

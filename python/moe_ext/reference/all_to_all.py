@@ -17,7 +17,8 @@ def a2a_plan(topk_ids: Tensor, rank_expert_offsets: Tensor) -> A2APlan:
     num_ranks = rank_expert_offsets.shape[0] - 1
     slots = min(topk, num_ranks)
     first, end = rank_expert_offsets[:-1], rank_expert_offsets[1:]
-    goes = ((topk_ids[..., None] >= first) & (topk_ids[..., None] < end)).any(1)  # [T, R]
+    # [T, R], copied once instead of a wait for every token
+    goes = ((topk_ids[..., None] >= first) & (topk_ids[..., None] < end)).any(1).cpu()
     send_to_slot = torch.full((num_tokens * slots,), -1, dtype=torch.int32)
     slot_to_send = torch.full((num_tokens * slots,), -1, dtype=torch.int32)
     row = 0
@@ -29,7 +30,8 @@ def a2a_plan(topk_ids: Tensor, rank_expert_offsets: Tensor) -> A2APlan:
     counts = goes.sum(0).int()
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0).int()])
     device = topk_ids.device
-    return A2APlan(counts, offsets, send_to_slot.to(device), slot_to_send.to(device), rank_expert_offsets, slots)
+    found = (part.to(device) for part in (counts, offsets, send_to_slot, slot_to_send))
+    return A2APlan(*found, rank_expert_offsets, slots)
 
 
 def a2a_pack(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, plan: A2APlan) -> tuple[Tensor, Tensor, Tensor]:

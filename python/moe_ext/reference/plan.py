@@ -18,7 +18,7 @@ def routing_plan(
 ) -> RoutingPlan:
     """See :func:`moe_ext.routing_plan`."""
     num_tokens, topk = topk_ids.shape
-    ids = topk_ids.reshape(-1).long()
+    ids = topk_ids.reshape(-1).long().cpu()  # one copy instead of a wait for every expert
     num_rows = RoutingPlan.row_bound(num_tokens, topk, num_experts, capacity, row_alignment)
     groups = []
     for expert in range(num_experts):
@@ -28,7 +28,7 @@ def routing_plan(
                 slots = slots[:capacity]
             else:
                 # A stable sort: equal scores keep token order, so the earlier slot wins.
-                order = torch.sort(drop_scores.reshape(-1)[slots], descending=True, stable=True).indices
+                order = torch.sort(drop_scores.reshape(-1).cpu()[slots], descending=True, stable=True).indices
                 slots = slots[order[:capacity]].sort().values
         groups.append(slots)
 

@@ -1,0 +1,1 @@
+from test_mistakes import *  # noqa: F403

@@ -1,0 +1,1 @@
+from test_sharded_layer import *  # noqa: F403

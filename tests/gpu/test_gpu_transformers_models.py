@@ -1,0 +1,1 @@
+from test_transformers_models import *  # noqa: F403
