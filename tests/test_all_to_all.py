@@ -163,6 +163,18 @@ def test_pack_every_slot_alone(device):
     assert torch.equal(packed.cpu(), twin.cpu()) and plan.send_counts.sum() == (ids >= 0).logical_and(ids < 11).sum()
 
 
+@pytest.mark.parametrize("payload, hidden_size", [("fp8", 4104), ("native", 1028)])
+def test_pack_rows_past_the_caches(payload, hidden_size, device):
+    """16 MiB of rows and more are streamed; their ends are no multiple of a vector, and some hold no token."""
+    ids = make_topk_ids(2100, 8, 2, device)
+    offsets = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
+    plan = moe_ext.a2a_plan(ids, offsets)
+    hidden = make_rows(2100, hidden_size, dtype=torch.float32, device=device)
+    packed = moe_ext.a2a_pack_rows(hidden, ids, None, plan, payload=payload)
+    assert packed.numel() >= 16 << 20 and (plan.send_to_slot < 0).any()
+    assert torch.equal(packed.cpu(), reference.a2a_pack_rows(hidden, ids, None, plan, payload=payload).cpu())
+
+
 def test_fp8_of_special_values(device):
     """Every e4m3 number comes back, ties go to even, NaN and infinity spread over their block and no further."""
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
