@@ -43,10 +43,3 @@ class DelayedExchange(Exchange):
             return received
 
         return Pending(finish, rows)
-
-    def exchange_counts(self, send_counts: Tensor) -> Tensor:
-        return torch.cat([send_counts, send_counts])
-
-    def splits(self, counts: list[list[int]]) -> list[Splits]:
-        n = self.num_ranks
-        return [Splits(list(column[:n]), list(column[n:]), []) for column in zip(*counts, strict=True)]

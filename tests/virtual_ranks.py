@@ -37,13 +37,6 @@ class VirtualExchange(Exchange):
         self.board.barrier.wait()
         return Pending(lambda: received)
 
-    def exchange_counts(self, send_counts: Tensor) -> Tensor:
-        return torch.cat([send_counts, self.start(send_counts, None).wait()])
-
-    def splits(self, counts: list[list[int]]) -> list[Splits]:
-        n = self.num_ranks
-        return [Splits(list(column[:n]), list(column[n:]), []) for column in zip(*counts, strict=True)]
-
 
 def run_virtual_ranks(num_ranks: int, function: Callable[[int], Any]) -> list[Any]:
     """``function(rank)`` in a thread each."""

@@ -69,17 +69,22 @@ class Exchange(ABC):
             what: named in the error, if it fails.
         """
 
-    @abstractmethod
     def exchange_counts(self, send_counts: Tensor) -> Tensor:
         """[num_ranks, columns] integers, a row for each rank -> a tensor on the same device.
 
-        Its first ``num_ranks`` rows are what was given, the next what every rank sent to this one; :meth:`splits` reads
-        them and what follows.
+        Its first ``num_ranks`` rows are what was given, the next what every rank sent to this one; what follows is for
+        :meth:`splits` alone.
         """
+        received = self.start(send_counts, None, what="the number of rows that every rank sends").wait()
+        return torch.cat([send_counts, received])
 
-    @abstractmethod
     def splits(self, counts: list[list[int]]) -> list[Splits]:
         """The splits of every column, from what :meth:`exchange_counts` returned, as a list."""
+        n = self.num_ranks
+        return [
+            Splits(list(column[:n]), list(column[n : 2 * n]), list(column[2 * n :]))
+            for column in zip(*counts, strict=True)
+        ]
 
     def gather(self, row: Tensor, what: str = "what all ranks hold") -> Tensor:
         """The row of every rank, ``[num_ranks, *row.shape]``."""
@@ -123,14 +128,6 @@ class FlatExchange(Exchange):
     def _all_to_all(self, received: Tensor, rows: Tensor, recv: list[int] | None, send: list[int] | None) -> Any:
         """The collective itself; tests count its bytes here."""
         return dist.all_to_all_single(received, rows, recv, send, group=self.group, async_op=True)
-
-    def exchange_counts(self, send_counts: Tensor) -> Tensor:
-        received = self.start(send_counts, None, what="the number of rows that every rank sends").wait()
-        return torch.cat([send_counts, received])
-
-    def splits(self, counts: list[list[int]]) -> list[Splits]:
-        n = self.num_ranks
-        return [Splits(list(column[:n]), list(column[n:]), []) for column in zip(*counts, strict=True)]
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
@@ -292,13 +289,6 @@ class HierarchicalExchange(Exchange):
         onward = relay.view(m, n, columns).transpose(0, 1).reshape(n * m, columns)
         received = self.inter.start(onward, None, what=what).wait()
         return torch.cat([send_counts, received, relay])
-
-    def splits(self, counts: list[list[int]]) -> list[Splits]:
-        n = self.num_ranks
-        return [
-            Splits(list(column[:n]), list(column[n : 2 * n]), list(column[2 * n :]))
-            for column in zip(*counts, strict=True)
-        ]
 
     def barrier(self) -> None:
         self.intra.barrier()

@@ -77,11 +77,22 @@ def expert_parallel(
                 "backward_degree: expected None with overflow='drop', where the degree decides what is dropped"
             )
 
-    chunks_with_grad = degree if backward_degree is None else backward_degree
-
     def run(hidden: Tensor, topk_weights: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        chunks = chunks_with_grad if torch.is_grad_enabled() else degree
-        return _run_pipeline(hidden, topk_ids, topk_weights, experts, exchange, rank_expert_offsets, options, chunks)
+        chunks = backward_degree if backward_degree is not None and torch.is_grad_enabled() else degree
+        arriving = start_dispatch(hidden, topk_ids, topk_weights, exchange, rank_expert_offsets, options, chunks=chunks)
+        returning: list[PendingReturn | PendingNodeReturn] = []
+        dropped = []
+        for index, chunk in enumerate(arriving):
+            # In two levels: the next chunk comes into the node, and the last one leaves it, while this one is computed.
+            for ahead in arriving[index : index + 2]:
+                ahead.advance()
+            received = chunk.finish()
+            dropped.append(received.layout.dropped_rows)
+            returning.append(start_combine(experts(received), received.layout))
+            if index:
+                returning[index - 1].advance()
+        outputs = [chunk.finish() for chunk in returning]
+        return torch.cat(outputs) if chunks > 1 else outputs[0], torch.stack(dropped).sum()
 
     if backward_degree is None or not torch.is_grad_enabled():
         return ExpertParallelOutput(*run(hidden, topk_weights))
@@ -92,29 +103,3 @@ def expert_parallel(
         run, hidden, topk_weights, make_anchor(hidden.device), use_reentrant=True, preserve_rng_state=not capturing
     )
     return ExpertParallelOutput(output, dropped)
-
-
-def _run_pipeline(
-    hidden: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    experts: Callable[[Received], Tensor],
-    exchange: Exchange,
-    rank_expert_offsets: Tensor,
-    options: DispatchOptions | None,
-    degree: int,
-) -> tuple[Tensor, Tensor]:
-    arriving = start_dispatch(hidden, topk_ids, topk_weights, exchange, rank_expert_offsets, options, chunks=degree)
-    returning: list[PendingReturn | PendingNodeReturn] = []
-    dropped = []
-    for index, chunk in enumerate(arriving):
-        # In two levels: the next chunk comes into the node, and the last one leaves it, while this one is computed.
-        for ahead in arriving[index : index + 2]:
-            ahead.advance()
-        received = chunk.finish()
-        dropped.append(received.layout.dropped_rows)
-        returning.append(start_combine(experts(received), received.layout))
-        if index:
-            returning[index - 1].advance()
-    outputs = [chunk.finish() for chunk in returning]
-    return torch.cat(outputs) if degree > 1 else outputs[0], torch.stack(dropped).sum()
