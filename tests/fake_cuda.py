@@ -30,6 +30,9 @@ class WrongDevice(RuntimeError):
     """An op of ours got tensors of several devices, where a kernel would raise, or its fake says something else."""
 
 
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
 def _value(x: Any) -> Any:
     if isinstance(x, FakeTensor):
         return x._value
@@ -48,6 +51,10 @@ class FakeCuda(FakeTensorMode):
         devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.device.type != "meta"}
         if func.namespace == "moe_ext" and len(devices) > 1:
             raise WrongDevice(f"{func}: tensors on {sorted(map(str, devices))}")
+        # Fake tensors let it pass, a GPU does not.
+        indices = args[1] if func.overloadpacket in _INDEXING and args[0].device.type == "cpu" else ()
+        if any(i is not None and i.device.type == "cuda" for i in indices):
+            raise WrongDevice(f"{func}: a tensor on the CPU with indices on {sorted(map(str, devices))}")
         result = func(*tree_map(_value, args), **tree_map(_value, kwargs))
         if not any(isinstance(x, Tensor) for x in tree_leaves(result)):
             return result

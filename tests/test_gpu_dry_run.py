@@ -18,6 +18,7 @@ from bench import machine, timing
 from bench.case import Case
 from bench.timing import Timer, graphed
 from fake_cuda import WrongDevice, fake_cuda
+from moe_ext import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,3 +126,18 @@ def test_a_tensor_left_on_the_cpu_shows():
         with pytest.raises(RuntimeError, match="device"):
             _ = device_hidden + torch.ones(4, 8)
     assert torch.equal(moe_ext.permute(hidden, maps, maps, 1), hidden)
+
+
+def test_reference_plans_take_ids_on_a_device():
+    def plans(device: str) -> list[torch.Tensor]:
+        slots = torch.arange(24, device=device)
+        ids = (slots * 7 // 3 % 5).view(12, 2)
+        owners = torch.arange(3, dtype=torch.int32, device=device) * 2
+        dropping = reference.routing_plan(ids, 5, capacity=3, drop_scores=(slots * 11 % 24).float().view(12, 2))
+        return [*dropping, *reference.a2a_plan(ids, owners)[:5]]
+
+    with pytest.MonkeyPatch.context() as monkeypatch, fake_cuda(monkeypatch):
+        found = plans("cuda")
+        assert all(x.device.type == "cuda" for x in found)
+        found = [x.cpu().tolist() for x in found]
+    assert found == [x.tolist() for x in plans("cpu")]

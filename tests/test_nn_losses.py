@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import moe_ext
 from cases import ROUTINGS, make_rows, make_topk_ids, make_topk_weights, non_contiguous
@@ -75,13 +77,14 @@ def device_losses_written_out(logits, ids, num_devices, devices_per_token, score
     return computation, communication
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_device_balance_losses(routing, score):
     logits = make_rows(33, 12, dtype=torch.float64).requires_grad_()
     ids, mask = make_topk_ids(33, 12, 4, routing), torch.arange(33) % 5 != 2
     ids[3] = torch.tensor([-1, 12, 0, 1])
-    function = {"softmax": lambda x: torch.softmax(x, 1), "sigmoid": torch.sigmoid}[score]
+    function = {"softmax": lambda x: torch.softmax(x, 1), "sigmoid": torch.sigmoid,
+                "sqrt_softplus": lambda x: F.softplus(x).sqrt()}[score]  # fmt: skip
     for devices, most, token_mask in ((4, 3, None), (3, None, mask), (1, None, None)):
         found = device_balance_losses(
             logits, ids, devices, devices_per_token=most, score_function=score, token_mask=token_mask
@@ -101,11 +104,12 @@ def test_device_balance_losses_of_even_devices_are_one_and_masked_tokens_are_not
         assert math.isclose(loss.item(), 1.0, rel_tol=1e-6)
     crowded = device_balance_losses(logits + 5 * (torch.arange(8) < 2), ids * 0 + torch.arange(2), 4)
     assert crowded[0] > 3.5 and crowded[1] > 1.7
-    logits[3] = float("nan")
-    logits.requires_grad_()
-    for loss in device_balance_losses(logits, ids, 4, token_mask=torch.arange(8) != 3):
-        (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
-        assert loss.isfinite() and grad.isfinite().all() and not grad[3].any()
+    mask = torch.arange(8) != 3
+    for score, bad in itertools.product(("softmax", "sigmoid", "sqrt_softplus"), (float("nan"), float("inf"))):
+        held = logits.masked_fill(~mask[:, None], bad).requires_grad_()
+        for loss in device_balance_losses(held, ids, 4, score_function=score, token_mask=mask):
+            (grad,) = torch.autograd.grad(loss, held, retain_graph=True)
+            assert loss.isfinite() and grad.isfinite().all() and not grad[3].any()
     with pytest.raises(ValueError, match="num_devices: expected a divisor of 8 experts, got 3"):
         device_balance_losses(logits, ids, 3)
 

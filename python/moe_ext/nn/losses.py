@@ -3,13 +3,12 @@ loss-free bias."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_ext.ops.gating import ScoreFunction, router_losses
+from moe_ext.reference.gating import scores_of
 
 
 def device_balance_losses(
@@ -49,7 +48,8 @@ def device_balance_losses(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if token_mask is not None:
         logits = logits.masked_fill(~token_mask[:, None], 0.0)  # whatever a masked token holds
-    scores = _SCORES[score_function](logits).view(logits.shape[0], num_devices, num_experts // num_devices).sum(-1)
+    scores = scores_of(logits, score_function, torch.ones_like(logits, dtype=torch.bool))
+    scores = scores.view(logits.shape[0], num_devices, num_experts // num_devices).sum(-1)
     devices = torch.div(topk_ids, num_experts // num_devices, rounding_mode="floor")
     of_computation, _, _ = router_losses(scores, devices, score_function="identity", token_mask=token_mask)
     # A token counts once for each of its devices.
@@ -60,14 +60,6 @@ def device_balance_losses(
     )
     most = devices_per_token or min(topk_ids.shape[1], num_devices)
     return of_computation, sent * (num_devices / most)
-
-
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: torch.softmax(logits, dim=-1),
-    "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
-    "identity": lambda logits: logits,
-}
 
 
 def cv_squared(values: Tensor, *, correction: int = 1, eps: float = 1e-10) -> Tensor:

@@ -24,7 +24,8 @@ def _softmax_over(logits: Tensor, taking_part: Tensor) -> Tensor:
     return scores.masked_fill(~taking_part, 0.0)
 
 
-def _scores(logits: Tensor, score_function: ScoreFunction, allowed: Tensor) -> Tensor:
+def scores_of(logits: Tensor, score_function: ScoreFunction, allowed: Tensor) -> Tensor:
+    """The scores of all experts, [num_tokens, num_experts]; softmax runs over the allowed ones."""
     if score_function == "softmax":
         # A NaN logit makes its own score NaN and takes no part in the softmax of the others.
         nan = logits.isnan()
@@ -71,7 +72,7 @@ def _gathered_scores(scores: Tensor, ids: Tensor, here: Tensor, over_selected: b
     """Scores of the slots, 0 where no expert is; with ``over_selected`` the softmax over the slots' logits."""
     values = scores.gather(1, ids)
     if over_selected:
-        values = _scores(values, "softmax", here)
+        values = scores_of(values, "softmax", here)
     return torch.where(here, values, torch.zeros_like(values))
 
 
@@ -106,7 +107,7 @@ def topk_gating(
     if expert_mask is not None:
         allowed = allowed & expert_mask
     over_selected = score_function == "softmax" and score_order == "select_then_score"
-    scores = logits if over_selected else _scores(logits, score_function, allowed)
+    scores = logits if over_selected else scores_of(logits, score_function, allowed)
 
     with torch.no_grad():
         keys = logits if score_order == "select_then_score" else scores
@@ -187,7 +188,7 @@ def router_losses(
     if score_function == "softmax":
         scores = torch.softmax(logits, dim=-1)
     else:
-        scores = _scores(logits, score_function, torch.ones_like(logits, dtype=torch.bool))
+        scores = scores_of(logits, score_function, torch.ones_like(logits, dtype=torch.bool))
         total = scores.sum(-1, keepdim=True)
         scores = torch.where(total == 0, torch.zeros_like(scores), scores / torch.where(total == 0, 1.0, total))
     scores = scores.masked_fill(~counted[:, None], 0.0)
@@ -215,7 +216,7 @@ def expert_choice_gating(
     logits = _gate_precision(logits)
     num_experts = logits.shape[1]
     everyone = torch.ones_like(logits, dtype=torch.bool)
-    scores = _scores(logits, score_function, everyone)
+    scores = scores_of(logits, score_function, everyone)
     tokens = _descending(scores.detach().T, everyone.T)[:, :capacity]
     chosen = torch.zeros_like(everyone.T).scatter(1, tokens, True).T
     ids = torch.where(chosen, torch.arange(num_experts, device=logits.device), -1).int()

@@ -18,17 +18,19 @@ def routing_plan(
 ) -> RoutingPlan:
     """See :func:`moe_ext.routing_plan`."""
     num_tokens, topk = topk_ids.shape
-    ids = topk_ids.reshape(-1).long().cpu()  # one copy instead of a wait for every expert
+    # One copy of each instead of a wait for every expert.
+    ids = topk_ids.reshape(-1).long().cpu()
+    scores = None if drop_scores is None else drop_scores.reshape(-1).cpu()
     num_rows = RoutingPlan.row_bound(num_tokens, topk, num_experts, capacity, row_alignment)
     groups = []
     for expert in range(num_experts):
         slots = torch.nonzero(ids == expert).flatten()
         if capacity is not None and slots.numel() > capacity:
-            if drop_scores is None:
+            if scores is None:
                 slots = slots[:capacity]
             else:
                 # A stable sort: equal scores keep token order, so the earlier slot wins.
-                order = torch.sort(drop_scores.reshape(-1).cpu()[slots], descending=True, stable=True).indices
+                order = torch.sort(scores[slots], descending=True, stable=True).indices
                 slots = slots[order[:capacity]].sort().values
         groups.append(slots)
 
