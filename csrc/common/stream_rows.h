@@ -15,6 +15,13 @@ namespace moe_ext::cpu {
 
 constexpr int64_t kStreamedBytes = 16 << 20;  // outputs from here on do not fit beside the inputs in a last-level cache
 
+// Orders a thread's streamed stores before whatever comes next.
+inline void fence_streamed_stores() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 class RowWriter {
  public:
   RowWriter(const void* output, int64_t num_rows, int64_t row_bytes) : row_bytes_(row_bytes) {
@@ -54,11 +61,9 @@ class RowWriter {
     std::memset(destination, 0, bytes);
   }
 
-  // Each thread, when its rows are written: orders streamed stores before whatever comes next.
+  // Each thread, when its rows are written.
   void finish() const {
-#ifdef __SSE2__
-    if (streamed_) _mm_sfence();
-#endif
+    if (streamed_) fence_streamed_stores();
   }
 
  private:

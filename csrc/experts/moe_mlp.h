@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/output_mask.h"
 #include "../grouped_gemm/groups.h"
 #include "../permutation/unpermute.h"
 #include "activation.h"
@@ -22,10 +23,9 @@ struct MlpGradientMask {
   bool input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias;
 };
 
-inline MlpGradientMask check_output_mask(const std::vector<bool>& output_mask, bool has_topk_weights,
-                                         bool has_gate_up_bias, bool has_down_bias) {
-  MOE_CHECK(output_mask.size() == 6, "output_mask: expected 6 entries, one for each gradient, got ",
-            output_mask.size());
+inline MlpGradientMask check_mlp_output_mask(const std::vector<bool>& output_mask, bool has_topk_weights,
+                                             bool has_gate_up_bias, bool has_down_bias) {
+  check_output_mask(output_mask, 6);
   return {output_mask[0],
           output_mask[1],
           output_mask[2],

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
                              slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
                              weight_layout, activation, gate_up_layout, activation_alpha, activation_limit);
   const MlpGradientMask wanted =
-      check_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
+      check_mlp_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
   check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
   const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
   const bool* trains = trainable ? trainable->const_data_ptr<bool>() : nullptr;

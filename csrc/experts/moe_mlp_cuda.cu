@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
                              slot_to_permuted, topk_weights, gate_up_bias, down_bias, pre_activation, topk,
                              weight_layout, activation, gate_up_layout, activation_alpha, activation_limit);
   const MlpGradientMask wanted =
-      check_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
+      check_mlp_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
   const std::string backward_layout = transposed_layout(weight_layout);
   const auto multiply = [&](const GatheredRows& a, const Tensor& weight) {
     return std::get<0>(grouped_gemm(a.rows, weight, expert_offsets, backward_layout, std::nullopt, a.permuted_to_slot,

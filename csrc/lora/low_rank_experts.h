@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../common/dtypes.h"
+#include "../common/output_mask.h"
 #include "../common/row_maps.h"
 
 namespace moe_ext {
@@ -39,8 +40,7 @@ struct LowRankGradientMask {
 };
 
 inline LowRankGradientMask check_low_rank_output_mask(const std::vector<bool>& output_mask) {
-  MOE_CHECK(output_mask.size() == 4, "output_mask: expected 4 entries, one for each gradient, got ",
-            output_mask.size());
+  check_output_mask(output_mask, 4);
   return {output_mask[0], output_mask[1], output_mask[2], output_mask[3]};
 }
 

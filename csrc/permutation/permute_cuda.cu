@@ -3,9 +3,8 @@
 //   first store, and stored to each of the token's topk rows. The lanes hold the row numbers, 32 slots at a time,
 //   loaded beside the first segment. Further warps look at kPaddingChunk permuted rows each and zero the empty ones.
 // Traffic: T*H + M*H elements (each token row read once, each permuted row written once) + 4*(M + T*topk) index bytes.
-// In flight: 2 KiB of reads per warp, kResidentWarps per multiprocessor (at most 56 registers): 64 KiB, where HBM3
-// wants
-//   3.35 TB/s * 700 ns / 132 = 18 KiB. Bound: device memory, mostly its writes.
+// In flight: 2 KiB of reads per warp, kResidentWarps per multiprocessor (at most 56 registers): 64 KiB, where
+//   HBM3 wants 3.35 TB/s * 700 ns / 132 = 18 KiB. Bound: device memory, mostly its writes.
 #include "permute.h"
 
 #include <torch/csrc/stable/library.h>

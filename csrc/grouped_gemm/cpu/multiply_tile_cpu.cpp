@@ -9,9 +9,7 @@
 #include <string>
 #include <vector>
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
+#include "../../common/stream_rows.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -307,9 +305,7 @@ void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& 
                    output.data + sums.row * stride + sums.col * kernels.output_bytes, stride);
   };
   multiply_tile(product, tile, kernels, finish, &output);
-#ifdef __SSE2__
-  if (output.stream) _mm_sfence();
-#endif
+  if (output.stream) fence_streamed_stores();
 }
 
 TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKernels& kernels)
