@@ -83,6 +83,13 @@ class File:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
 
+    def go_on(self) -> None:
+        """With what is left, in a new process."""
+        if self.processes < MAX_PROCESSES:
+            self.start()
+        else:
+            self.done = True
+
     def kill(self) -> None:
         if self.process:
             kill(self.process)
@@ -109,10 +116,8 @@ class File:
             elif not any(e["event"] == "start" for e in self.events):
                 self.add("broken", test=str(self.path), text=self.stack())
                 self.done = True
-            elif self.processes < MAX_PROCESSES:
-                self.start()
             else:
-                self.done = True
+                self.go_on()
             return
         if running:
             limit = self.hang_seconds + (STARTUP_SECONDS if running["test"] == self.first else 0)
@@ -120,7 +125,7 @@ class File:
                 where = stuck_kernels(self.process.pid)
                 self.kill()
                 self.add("hang", test=running["test"], text=f"{self.stack()}\n{where}")
-                self.start() if self.processes < MAX_PROCESSES else setattr(self, "done", True)
+                self.go_on()
 
 
 asked: list[int] = []  # processes that cuda-gdb looked into

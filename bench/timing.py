@@ -30,6 +30,16 @@ class Timing(NamedTuple):
     samples: tuple[float, ...] = ()
 
 
+class WarmUp(NamedTuple):
+    """What the first calls of a contender say about its rounds."""
+
+    repeats: int = 1
+    spin_cycles: int = 0
+    """On a GPU: what the device spins for before the call."""
+    seconds: float | None = None
+    """Of the call itself, where it can count as a round."""
+
+
 class Timer:
     """Times contenders on one device.
 
@@ -47,13 +57,12 @@ class Timer:
         start = time.perf_counter()
         warm_ups = {name: self._warm_up(run) for name, run in contenders.items()}
         # A warm-up long enough to be a round is one: the comparison with the peers has run everything once before.
-        seconds = {name: [] if taken is None else [taken] for name, (_, taken) in warm_ups.items()}
-        repeats = {name: count for name, (count, _) in warm_ups.items()}
+        seconds = {name: [] if w.seconds is None else [w.seconds] for name, w in warm_ups.items()}
         for _ in range(self.rounds):
             if min(map(len, seconds.values())) >= 3 and time.perf_counter() - start > self.seconds:
                 break
             for name, run in contenders.items():
-                seconds[name].append(self._once(run, repeats[name]))
+                seconds[name].append(self._once(run, warm_ups[name]))
         return {name: Timing(statistics.median(s), min(s), len(s), tuple(s)) for name, s in seconds.items()}
 
     def device_is_lost(self) -> bool:
@@ -65,19 +74,17 @@ class Timer:
             return True
         return False
 
-    def _warm_up(self, run: Callable[[], Any]) -> tuple[int, float | None]:
-        """How often to repeat ``run`` in a round (on a GPU: the cycles to spin before it), and the seconds of this call
-        where they can count as a round."""
+    def _warm_up(self, run: Callable[[], Any]) -> WarmUp:
         if self.device == "cuda":
-            return self._warm_up_device(run), None
+            return WarmUp(spin_cycles=self._cycles_to_queue(run))
         start = time.perf_counter()
         run()
         taken = time.perf_counter() - start
         count = max(1, min(1000, int(MIN_ROUND_SECONDS / max(taken, 1e-7))))
-        return count, taken if taken > LONG_SECONDS else None
+        return WarmUp(count, seconds=taken if taken > LONG_SECONDS else None)
 
     @staticmethod
-    def _warm_up_device(run: Callable[[], Any]) -> int:
+    def _cycles_to_queue(run: Callable[[], Any]) -> int:
         """The cycles that the device must spin for, to be still busy when the host has queued ``run``."""
         torch.cuda.synchronize()
         for _ in range(3):
@@ -89,15 +96,15 @@ class Timer:
                 break
         return int(1.5 * min(queued, MAX_SPIN_SECONDS) * SPIN_CYCLES_PER_SECOND)
 
-    def _once(self, run: Callable[[], Any], repeats: int) -> float:
+    def _once(self, run: Callable[[], Any], warm_up: WarmUp) -> float:
         if self.flush is None:
             start = time.perf_counter()
-            for _ in range(repeats):
+            for _ in range(warm_up.repeats):
                 run()
-            return (time.perf_counter() - start) / repeats
+            return (time.perf_counter() - start) / warm_up.repeats
         self.flush.sum()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(repeats)
+        torch.cuda._sleep(warm_up.spin_cycles)
         begin.record()
         run()
         end.record()
