@@ -29,10 +29,9 @@ def poisoned_outputs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """Four ranks over gloo, started once."""
-    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
-    pool.run(4, make_two_levels, [(n, m) for n in (2, 3, 4) for m in range(1, n + 1) if n % m == 0])
-    yield pool
-    pool.close()
+    with RankPool(4, tmp_path_factory.mktemp("ranks")) as pool:
+        pool.run(4, make_two_levels, [(n, m) for n in (2, 3, 4) for m in range(1, n + 1) if n % m == 0])
+        yield pool
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -81,6 +81,12 @@ class RankPool:
                 raise RankError(f"rank {rank}: {answer[1]}")
         return [answer for _, answer in answers]
 
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if process.is_alive():

@@ -131,6 +131,16 @@ def outside(axis) -> list[object]:
     return [label for tick in beyond for label in (tick.label1, tick.label2)]
 
 
+def test_every_contender_of_the_scaling_table_is_drawn(monkeypatch):
+    result = json.loads((ROOT / "bench/results/cpu-2-threads-scaling.json").read_text())
+    figures = drawings(monkeypatch, result)
+    lines = [
+        line for label, figure in figures.items() if label.startswith("time against") for line in figure.axes[0].lines
+    ]
+    timed = {name for row in result["rows"] for name in row["peer_seconds"]}
+    assert timed and {line.get_label() for line in lines} == {"moe_ext", *timed}
+
+
 @pytest.mark.parametrize("name", ["wide.json", *(path.name for path in RESULTS)])
 def test_no_text_of_a_drawing_is_cut_or_overlaps(name, monkeypatch, tmp_path):
     from matplotlib.text import Text

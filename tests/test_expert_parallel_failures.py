@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -122,23 +120,13 @@ def lose_rank_one_after_the_forward(group: Any, case: WorldCase) -> None:
     output.sum().backward()
 
 
-TIMEOUT = 4
-
-
-@contextmanager
-def own_pool(folder: Any, num_ranks: int) -> Iterator[RankPool]:
-    """Processes that may be lost."""
-    pool = RankPool(num_ranks, folder, timeout=TIMEOUT)
-    try:
-        yield pool
-    finally:
-        pool.close()
+TIMEOUT = 4  # of processes that may be lost
 
 
 @pytest.mark.parametrize("debug, killed", [(False, True), (True, True), (True, False)])
 def test_a_lost_rank_raises_on_the_others(debug, killed, tmp_path):
     """Killed, or busy elsewhere: the latter only rank 0 can name."""
-    with own_pool(tmp_path, 3) as pool:
+    with RankPool(3, tmp_path, timeout=TIMEOUT) as pool:
         pool.start(3, lose_rank_one, replace(DEBUGGED, debug=debug), killed)
         start = time.monotonic()
         for rank, (fine, answer) in zip((0, 2), pool.outcomes([0, 2], patience=5 * TIMEOUT), strict=True):
@@ -154,7 +142,7 @@ TWO_LEVELS = WorldCase((5, 5, 5, 5), (3, 2, 4, 2), 2, "node", ranks_per_node=2)
 @pytest.mark.parametrize("function, arguments", [(lose_rank_one, (False,)), (lose_rank_one_after_the_forward, ())])
 def test_a_lost_rank_raises_in_two_levels(function, arguments, tmp_path):
     """Busy elsewhere in the forward, or killed before the backward: the groups of both levels have the timeout."""
-    with own_pool(tmp_path, 4) as pool:
+    with RankPool(4, tmp_path, timeout=TIMEOUT) as pool:
         pool.run(4, make_two_levels, [(4, 2)])
         pool.start(4, function, TWO_LEVELS, *arguments)
         start = time.monotonic()

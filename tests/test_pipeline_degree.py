@@ -113,11 +113,8 @@ def profile_on_rank(group):
 
 
 def test_profile_is_the_same_on_all_ranks(tmp_path):
-    pool = RankPool(2, tmp_path)
-    try:
+    with RankPool(2, tmp_path) as pool:
         first, second = pool.run(2, profile_on_rank)
-    finally:
-        pool.close()
     assert first == second
     for costs in first:
         assert all(stage.seconds(2048) > 0 for stage in costs)

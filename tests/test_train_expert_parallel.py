@@ -18,9 +18,8 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    pool = RankPool(4, tmp_path_factory.mktemp("pool"))
-    yield pool
-    pool.close()
+    with RankPool(4, tmp_path_factory.mktemp("pool")) as pool:
+        yield pool
 
 
 def train_on_ranks(group, steps, folder, resume, form, degree):

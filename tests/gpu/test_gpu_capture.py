@@ -65,6 +65,22 @@ def refill(inputs: list[Tensor], fresh: list[Tensor]) -> None:
         x.copy_(new)
 
 
+def assert_replays_equal_eager(step: Step, num_tokens: int, dtype: torch.dtype, device: str) -> None:
+    """Forward and backward in one graph; every replay equals the eager step on the same inputs, bit for bit."""
+    inputs = make_inputs(num_tokens, dtype, device)
+    graph, captured = capture(step, inputs, torch.cuda.Stream())
+    for seed in (10, 20, 30):
+        refill(inputs, make_inputs(num_tokens, dtype, device, seed))
+        if seed == 30:
+            one_hot_logits(inputs)
+            inputs[0][:] = inputs[0][:1].clone()  # the layers route by hidden: the same way for every token
+        for result in captured:
+            result.zero_()
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert_same(replayed, step(inputs))
+
+
 def test_sync_debug_mode_sees_a_sync(device):
     """The proof of the next test is worth something."""
     with pytest.raises(RuntimeError, match="synchroniz"), sync_is_an_error():
@@ -87,21 +103,7 @@ def test_no_step_syncs(name, tokens, dtype, device):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", [*LAYERS, "ops"])
 def test_replay_with_other_routing(name, tokens, dtype, device):
-    """Forward and backward in one graph; every replay equals the eager step on the same inputs, bit for bit."""
-    num_tokens = TOKENS[tokens]
-    step = make_step(name, dtype, device)
-    inputs = make_inputs(num_tokens, dtype, device)
-    graph, captured = capture(step, inputs, torch.cuda.Stream())
-    for seed in (10, 20, 30):
-        refill(inputs, make_inputs(num_tokens, dtype, device, seed))
-        if seed == 30:
-            one_hot_logits(inputs)
-            inputs[0][:] = inputs[0][:1].clone()  # the layers route by hidden: the same way for every token
-        for result in captured:
-            result.zero_()
-        graph.replay()
-        replayed = [x.clone() for x in captured]
-        assert_same(replayed, step(inputs))
+    assert_replays_equal_eager(make_step(name, dtype, device), TOKENS[tokens], dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

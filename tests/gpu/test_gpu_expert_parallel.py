@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from test_gpu_capture import capture, refill, sync_is_an_error
+from test_gpu_capture import assert_replays_equal_eager, sync_is_an_error
 
 from capture_steps import TOKENS, assert_same, make_inputs
 from compare import relative_error
@@ -53,20 +53,9 @@ def test_no_step_syncs(name, tokens, make_exchange, device):
 
 @pytest.mark.parametrize("name", PARALLEL)
 def test_replay_with_other_routing(name, make_exchange, device):
-    """Forward and backward in one graph; every replay equals the eager step on the same inputs, bit for bit."""
     num_tokens = TOKENS["few"]
     step = make_parallel_step(name, num_tokens, torch.bfloat16, device, make_exchange)
-    inputs = make_inputs(num_tokens, torch.bfloat16, device)
-    graph, captured = capture(step, inputs, torch.cuda.Stream())
-    for seed in (10, 20, 30):
-        refill(inputs, make_inputs(num_tokens, torch.bfloat16, device, seed))
-        if seed == 30:
-            inputs[0][:] = inputs[0][:1].clone()  # every token the same way
-        for result in captured:
-            result.zero_()
-        graph.replay()
-        replayed = [x.clone() for x in captured]
-        assert_same(replayed, step(inputs))
+    assert_replays_equal_eager(step, num_tokens, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

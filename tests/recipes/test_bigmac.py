@@ -58,11 +58,8 @@ def over_two_ranks(group):
 
 
 def test_over_ranks_it_is_the_same_layer_and_narrower_on_the_wire(tmp_path):
-    pool = RankPool(2, tmp_path)
-    try:
+    with RankPool(2, tmp_path) as pool:
         answers = pool.run(2, over_two_ranks)
-    finally:
-        pool.close()
     for error, narrow, wide in answers:
         assert error < 1e-12
         # 16 bytes of id and padding travel beside the 64 or 256 doubles of a row, both ways.

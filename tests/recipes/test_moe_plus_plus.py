@@ -128,11 +128,8 @@ def over_two_ranks(group):
 
 def test_bytes_between_ranks_are_those_of_ffn_slots(tmp_path):
     """Counted at the all-to-all of two ranks, there and back; forward and backward equal one rank's."""
-    pool = RankPool(2, tmp_path)
-    try:
+    with RankPool(2, tmp_path) as pool:
         answers = pool.run(2, over_two_ranks)
-    finally:
-        pool.close()
     # Every FFN slot is a row to its rank and, from there, a row back; every slot would be one of the whole.
     ffn_slots = sum(answer[1] for answer in answers)
     assert 0 < ffn_slots < 2 * 40 * 2
