@@ -1,5 +1,6 @@
 // Products that read the right factor in place: each of its lines leaves memory once, and none is packed.
-//   dot    lines along the inner dimension: 4 rows x 6 columns of accumulators, whose lanes are summed at the end
+//   dot    lines along the inner dimension: 7 rows x 4 or 4 x 6 columns of accumulators, whose lanes are summed at the
+//          end
 //   axpy   lines across it, a few rows: eight steps of them side by side, swept from end to end, the next eight fetched
 //          meanwhile; sums stay in L1, and each vector of weights meets all rows while it is in a register
 #pragma once
@@ -10,27 +11,36 @@
 namespace moe_ext::cpu::MOE_ISA {
 namespace {
 
-constexpr int kDotRows = 4;
-constexpr int kDotCols = MOE_VECTOR_BYTES == 64 ? 6 : 3;     // as many accumulators as registers hold
-constexpr int kDotSumCols = MOE_VECTOR_BYTES == 64 ? 8 : 4;  // columns that are summed and written together
+// Rows and columns whose accumulators, with a vector of each column, fill the registers.
+struct DotShape {
+  int rows, cols, sum_cols;  // sum_cols are summed and written together
+};
+// A few rows wait for memory, which answers soonest where few lines are read at once. Many rows take what of them lies
+// in L2 once for each block of columns.
+constexpr DotShape kDotFew = MOE_VECTOR_BYTES == 64 ? DotShape{7, 4, 4} : DotShape{4, 3, 4};
+constexpr DotShape kDotMany = MOE_VECTOR_BYTES == 64 ? DotShape{4, 6, 8} : DotShape{4, 3, 4};
 
-// The sums of kLanes vectors: result[i] that of vectors[i]. Every vector's lanes are summed in the same order.
-template <typename Sum>
+// The sums of kLanes vectors, of which the first kCount are not zeros: result[i] that of vectors[i]. Every vector's
+// lanes are summed in the same order.
+template <typename Sum, int kCount>
 MOE_INLINE typename Simd<Sum>::Vec sum_lanes(const typename Simd<Sum>::Vec* vectors) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Sum) == 4) {
-    __m512 a[8], b[4];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const auto even = reinterpret_cast<__m512>(vectors[2 * i]), odd = reinterpret_cast<__m512>(vectors[2 * i + 1]);
-      a[i] = _mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd);
-    }
+    __m512 b[4] = {};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      b[i] = _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44) + _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee);
+    for (int i = 0; i < (kCount + 3) / 4; ++i) {
+      __m512 a[2];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const auto even = reinterpret_cast<__m512>(vectors[4 * i + 2 * j]);
+        const auto odd = reinterpret_cast<__m512>(vectors[4 * i + 2 * j + 1]);
+        a[j] = _mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd);
+      }
+      b[i] = _mm512_shuffle_ps(a[0], a[1], 0x44) + _mm512_shuffle_ps(a[0], a[1], 0xee);
     }
     const __m512 low = _mm512_shuffle_f32x4(b[0], b[1], 0x44) + _mm512_shuffle_f32x4(b[0], b[1], 0xee);
-    const __m512 high = _mm512_shuffle_f32x4(b[2], b[3], 0x44) + _mm512_shuffle_f32x4(b[2], b[3], 0xee);
+    const __m512 high = kCount > 8 ? _mm512_shuffle_f32x4(b[2], b[3], 0x44) + _mm512_shuffle_f32x4(b[2], b[3], 0xee)
+                                   : __m512{};
     return reinterpret_cast<Floats>(_mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd));
   }
 #elif defined(__AVX2__)
@@ -55,106 +65,155 @@ MOE_INLINE typename Simd<Sum>::Vec sum_lanes(const typename Simd<Sum>::Vec* vect
   return sums;
 }
 
-// Cache lines of the next columns that a block of rows fetches, a line of each column in turn.
+// Cache lines [line, end) of the next columns, counted through one column after the other, that a block of rows fetches:
+// in that order memory and the translation of addresses answer soonest.
+template <int kCols>
 struct DotFetch {
-  const char* cols[kDotCols];
-  int64_t byte;
-  int64_t end;
-  int col = 0;
-
-  MOE_INLINE void fetch(int64_t count) {
-    for (; count > 0 && byte < end; --count) {
-      __builtin_prefetch(cols[col] + byte, 0, 2);
-      if (++col == kDotCols) col = 0, byte += kCacheLine;
-    }
-  }
+  const char* cols[kCols];
+  int64_t lines;  // of a column
+  int64_t line, end;
 };
 
 // One vector of the inner dimension; unless kWhole, it is the columns' last, of `count` elements.
-template <typename Format, int kRows, bool kWhole>
+template <typename Format, int kRows, int kCols, int kSumCols, bool kWhole>
 MOE_INLINE void dot_step(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t offset,
                          int64_t count, SumVec<Format>* acc) {
-  UnitVec<Format> right[kDotCols];
+  UnitVec<Format> right[kCols];
 #pragma GCC unroll 8
-  for (int col = 0; col < kDotCols; ++col) {
+  for (int col = 0; col < kCols; ++col) {
     right[col] = kWhole ? Format::load(cols[col] + offset) : load_some<Format>(cols[col] + offset, count);
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     const UnitVec<Format> left = Simd<typename Format::Unit>::load(rows + row * row_stride);
 #pragma GCC unroll 8
-    for (int col = 0; col < kDotCols; ++col) {
-      SumVec<Format>& sum = acc[row * kDotSumCols + col];
+    for (int col = 0; col < kCols; ++col) {
+      SumVec<Format>& sum = acc[row * kSumCols + col];
       sum = multiply_add<Format>(left, right[col], sum);
     }
   }
 }
 
-// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them.
-template <typename Format, int kRows>
+// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them. Each step fetches kFetched lines
+// of `wanted`: to fetch costs an instruction, to keep account of it would cost more.
+template <typename Format, int kRows, int kCols, int kSumCols, int kFetched>
 void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
-               typename Format::Sum* sums, int64_t sums_stride, bool first, DotFetch wanted) {
+               typename Format::Sum* sums, int64_t sums_stride, bool first, const DotFetch<kCols>& wanted) {
   using Sum = typename Format::Sum;
   constexpr int kLane = kLanes<Format>;
   constexpr int64_t kElements = kLane * Format::kPerUnit;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
-  constexpr int kVectors = (kRows * kDotSumCols + kLane - 1) / kLane * kLane;
+  constexpr int kUsed = kRows * kSumCols, kVectors = (kUsed + kLane - 1) / kLane * kLane;
   // Sums past the last column: zeros, which the next block overwrites; later -0, which changes nothing there.
   const SumVec<Format> nothing = broadcast<Sum>(first ? Sum(0) : -Sum(0));
   SumVec<Format> acc[kVectors];
 #pragma GCC unroll 32
-  for (int i = 0; i < kVectors; ++i) acc[i] = i % kDotSumCols < kDotCols ? SumVec<Format>{} : nothing;
-  const int64_t cache_lines = (wanted.end - wanted.byte) / kCacheLine * kDotCols;
-  const int64_t wanted_at_once = cache_lines / (count / kElements + 1) + 1;
+  for (int i = 0; i < kVectors; ++i) acc[i] = i % kSumCols < kCols ? SumVec<Format>{} : nothing;
   int64_t k = 0;
-  for (; k + kElements <= count; k += kElements, rows += kLane) {
-    wanted.fetch(wanted_at_once);
-    dot_step<Format, kRows, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+  const int64_t whole = count / kElements * kElements;
+  for (int64_t line = wanted.line; line < wanted.end && k < whole;) {
+    const int64_t col = line / wanted.lines, first_line = line - col * wanted.lines;
+    const int64_t left = wanted.end - line, here = wanted.lines - first_line < left ? wanted.lines - first_line : left;
+    const char* from = wanted.cols[col] + first_line * kCacheLine;
+    const int64_t steps = (here + kFetched - 1) / kFetched, stop = k + steps * kElements;
+    for (const int64_t end = stop < whole ? stop : whole; k < end; k += kElements, rows += kLane) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kFetched; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
+      from += kFetched * kCacheLine;
+      dot_step<Format, kRows, kCols, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+    }
+    line += here;
   }
-  if (k < count) dot_step<Format, kRows, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
-  typedef Sum Loose __attribute__((vector_size(kDotSumCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
+  for (; k < whole; k += kElements, rows += kLane) {
+    dot_step<Format, kRows, kCols, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+  }
+  if (k < count) {
+    dot_step<Format, kRows, kCols, kSumCols, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
+  }
+  typedef Sum Loose __attribute__((vector_size(kSumCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
   alignas(64) Sum summed[kVectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; i += kLane) Simd<Sum>::store(summed + i, sum_lanes<Sum>(acc + i));
-#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; i += kLane) {
+    constexpr int kLast = kUsed - (kVectors - kLane);
+    const bool last = i + kLane >= kVectors;
+    Simd<Sum>::store(summed + i, last ? sum_lanes<Sum, kLast>(acc + i) : sum_lanes<Sum, kLane>(acc + i));
+  }
+#pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     auto* to = reinterpret_cast<Loose*>(sums + row * sums_stride);
-    const Loose value = *reinterpret_cast<const Loose*>(summed + row * kDotSumCols);
+    const Loose value = *reinterpret_cast<const Loose*>(summed + row * kSumCols);
     *to = first ? value : *to + value;
   }
 }
 
-template <typename Format>
-void dot(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
-         int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after) {
-  static constexpr decltype(&dot_block<Format, 1>) kBlocks[] = {&dot_block<Format, 1>, &dot_block<Format, 2>,
-                                                                &dot_block<Format, 3>, &dot_block<Format, 4>};
+template <typename Format, int kCols>
+using DotBlock = void (*)(const typename Format::Unit*, int64_t, const char* const*, int64_t, typename Format::Sum*,
+                          int64_t, bool, const DotFetch<kCols>&);
+
+// The blocks of 1 to kRows rows.
+template <typename Format, int kRows, int kCols, int kSumCols, int kFetched>
+struct DotBlocks {
+  DotBlock<Format, kCols> of_rows[kRows + 1] = {};
+
+  constexpr DotBlocks() { fill<kRows>(); }
+
+ private:
+  template <int kCount>
+  constexpr void fill() {
+    of_rows[kCount] = &dot_block<Format, kCount, kCols, kSumCols, kFetched>;
+    if constexpr (kCount > 1) fill<kCount - 1>();
+  }
+};
+
+// All columns: `blocks` of rows pass over a few of them, and share the lines of the next few to fetch.
+template <typename Format, int kCols>
+void dot_columns(const DotBlock<Format, kCols>* of_rows, int64_t blocks, const typename Format::Unit* rows,
+                 int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols, int64_t first,
+                 int64_t count, typename Format::Sum* sums, int64_t sums_stride, bool first_block, const Fetch& after) {
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
-  auto* units = static_cast<const typename Format::Unit*>(rows);
-  auto* to = static_cast<typename Format::Sum*>(sums);
-  const int64_t blocks = (num_rows + kDotRows - 1) / kDotRows;
-  for (int64_t col = 0; col < num_cols; col += kDotCols) {
-    const char* here[kDotCols];
-    for (int64_t i = 0; i < kDotCols; ++i) {
+  for (int64_t col = 0; col < num_cols; col += kCols) {
+    const char* here[kCols];
+    for (int64_t i = 0; i < kCols; ++i) {
       here[i] = cols[col + i < num_cols ? col + i : num_cols - 1] + first * kBytes;
     }
-    const bool more = col + kDotCols < num_cols;
-    const int64_t left = more ? num_cols - col - kDotCols : after.num_lines;
-    const int64_t lines = left > 0 ? ((more ? count * kBytes : after.bytes) + kCacheLine - 1) / kCacheLine : 0;
-    DotFetch wanted = {};
-    for (int64_t i = 0; left > 0 && i < kDotCols; ++i) {
+    const bool more = col + kCols < num_cols;
+    const int64_t left = more ? num_cols - col - kCols : after.num_lines;
+    DotFetch<kCols> wanted = {};
+    wanted.lines = ((more ? count * kBytes : after.bytes) + kCacheLine - 1) / kCacheLine;
+    for (int64_t i = 0; left > 0 && i < kCols; ++i) {
       const int64_t ahead = i < left ? i : left - 1;
-      wanted.cols[i] = more ? cols[col + kDotCols + ahead] + first * kBytes : after.lines[ahead] + after.first_byte;
+      wanted.cols[i] = more ? cols[col + kCols + ahead] + first * kBytes : after.lines[ahead] + after.first_byte;
     }
+    const int64_t lines = left > 0 ? kCols * wanted.lines : 0;
     int64_t row = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t height = (num_rows - row + blocks - block - 1) / (blocks - block);
-      wanted.byte = block * lines / blocks * kCacheLine, wanted.end = (block + 1) * lines / blocks * kCacheLine;
-      kBlocks[height - 1](units + row * row_stride, row_stride, here, count, to + row * sums_stride + col, sums_stride,
-                          first_block, wanted);
+      wanted.line = block * lines / blocks, wanted.end = (block + 1) * lines / blocks;
+      of_rows[height](rows + row * row_stride, row_stride, here, count, sums + row * sums_stride + col, sums_stride,
+                      first_block, wanted);
       row += height;
     }
   }
+}
+
+template <typename Format, DotShape kShape, int kFetched>
+constexpr DotBlocks<Format, kShape.rows, kShape.cols, kShape.sum_cols, kFetched> kDotBlocks = {};
+
+template <typename Format>
+void dot(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
+         int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after) {
+  const auto run = [&](auto* of_rows, int64_t blocks) {
+    dot_columns<Format>(of_rows, blocks, static_cast<const typename Format::Unit*>(rows), row_stride, num_rows, cols,
+                        num_cols, first, count, static_cast<typename Format::Sum*>(sums), sums_stride, first_block,
+                        after);
+  };
+  if (num_rows <= kDotFew.rows) return run(kDotBlocks<Format, kDotFew, kDotFew.cols>.of_rows, 1);
+  const int64_t blocks = (num_rows + kDotMany.rows - 1) / kDotMany.rows;
+  constexpr int kHalf = (kDotMany.cols + 1) / 2, kThird = (kDotMany.cols + 2) / 3;
+  run(blocks == 2              ? kDotBlocks<Format, kDotMany, kHalf>.of_rows
+      : blocks < kDotMany.cols ? kDotBlocks<Format, kDotMany, kThird>.of_rows
+                               : kDotBlocks<Format, kDotMany, 1>.of_rows,
+      blocks);
 }
 
 constexpr int kAxpySteps = 8;

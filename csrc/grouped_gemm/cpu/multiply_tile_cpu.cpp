@@ -11,6 +11,10 @@
 
 #include "../../common/stream_rows.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 namespace moe_ext::cpu {
 namespace {
 
@@ -155,15 +159,32 @@ constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
 constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
                                               // that they crowd a set of L1
 static_assert(kDotRowsBytes + 4 * kTileRows * kDotStride < 1 << 20);
+constexpr int64_t kDotLineBytes = 2048;  // of a packed row, where 5 to 32 of them and six columns shall stay in L1
 
 // How a product is computed: by all of it, so that how it is cut changes no bit.
 enum class Way { kPacked, kDot, kAxpy };
 
+// Whether vectors of 64 bytes pass through the multipliers at once, two a cycle, so that packing weighs more beside
+// arithmetic: not on AMD's family 25 (Zen 4), where they pass in halves.
+bool multiplies_whole_vectors(const GemmKernels& kernels) {
+#if defined(__x86_64__)
+  static const bool in_halves = [] {
+    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 15) + (eax >> 20 & 255) == 25;
+  }();
+  return !in_halves && kernels.vector_elements / kernels.elements_per_unit * kernels.unit_bytes == 64;
+#else
+  return false;
+#endif
+}
+
 // Elements of the inner dimension that `dot` takes at once.
 int64_t dot_depth(const Product& product, const GemmKernels& kernels) {
   const int64_t inner = product.left.cols, vector = kernels.vector_elements;
-  const int64_t bytes = std::min(product.left.rows, kTileRows) * inner / kernels.elements_per_unit * kernels.unit_bytes;
-  const int64_t blocks = std::max<int64_t>(1, divide_up(bytes, kDotRowsBytes));
+  const int64_t rows = product.left.rows, line_bytes = inner / kernels.elements_per_unit * kernels.unit_bytes;
+  const bool in_l1 = rows > 4 && rows <= 32;  // fewer need no more than a line each; more are summed up too often
+  const int64_t bytes = in_l1 ? line_bytes : std::min(rows, kTileRows) * line_bytes;
+  const int64_t blocks = std::max<int64_t>(1, divide_up(bytes, in_l1 ? kDotLineBytes : kDotRowsBytes));
   return std::max<int64_t>(1, divide_up(divide_up(inner, blocks), vector)) * vector;
 }
 
@@ -174,7 +195,8 @@ Way choose_way(const Product& product, const GemmKernels& kernels) {
   if (rows <= kFewRows) return Way::kDot;
   // Weights that are widened are widened once for all rows.
   if (kernels.element_bytes * kernels.elements_per_unit < kernels.unit_bytes) return Way::kPacked;
-  // Cycles for each vector of weights, on a Zen 4: to pack it 18; to sum the lanes of what `dot` accumulated 3.2 for
+  if (multiplies_whole_vectors(kernels)) return rows <= kFewRows * kernels.elements_per_unit ? Way::kDot : Way::kPacked;
+  // Cycles for each vector of weights elsewhere, as on a Zen 4: to pack it 18; to sum the lanes of what `dot` accumulated 3.2 for
   // each row, once in `steps`, and 0.03 for each row, because it needs more of the cache.
   const int64_t steps = dot_depth(product, kernels) / kernels.vector_elements;
   return rows * (steps + 107) <= 600 * steps ? Way::kDot : Way::kPacked;
