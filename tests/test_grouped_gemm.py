@@ -301,6 +301,25 @@ def test_long_rows(activation, dtype):
         torch.set_num_threads(threads)
 
 
+# Numbers of rows differ in how many are multiplied at once, in the depth of a block, in who fetches what ahead.
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("in_features", [40, 1100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_small_number_of_rows(layout, in_features, dtype):
+    """Small integers, whose sums are exact: rounded once, every bit is known."""
+    counts = torch.arange(35)
+    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    integers = torch.Generator().manual_seed(7)
+    rows = torch.randint(-2, 3, (int(offsets[-1]), in_features), generator=integers).to(dtype)
+    weight = torch.randint(-2, 3, (len(counts), 45, in_features), generator=integers).to(dtype)
+    groups = rows.double().split(counts.tolist())
+    expected = torch.cat([group @ matrix.double().T for group, matrix in zip(groups, weight, strict=True)]).to(dtype)
+    if layout == "ekn":
+        weight = weight.transpose(1, 2).contiguous()
+    assert torch.equal(moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout), expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("in_features, out_features", [(1, 9), (9, 1), (1, 1), (300, 1090)])
 def test_narrow_and_wide(in_features, out_features, layout, device):
