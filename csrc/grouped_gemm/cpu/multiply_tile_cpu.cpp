@@ -334,9 +334,13 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
     : rows_(product.left.rows), cols_(product.pair ? product.pair : product.right.cols), row_tiles_(0), col_tiles_(0) {
   const int64_t rows = rows_, cols = cols_;
   if (rows == 0 || cols == 0) return;
-  // Lines that are swept from end to end are best long.
-  const bool swept = choose_way(product, kernels) == Way::kAxpy;
-  const int64_t largest_cols = swept ? kFewRowsStride : kTileCols, threads = torch::stable::get_num_threads();
+  // Lines that are swept from end to end are best long; a left block of few rows, which every tile packs, is best used
+  // for as many columns as there is room for sums.
+  const Way way = choose_way(product, kernels);
+  const bool swept = way == Way::kAxpy;
+  const int64_t fewer_rows = way != Way::kPacked ? 1 : rows <= kTileRows / 4 ? 4 : rows <= kTileRows / 2 ? 2 : 1;
+  const int64_t largest_cols = swept ? kFewRowsStride : fewer_rows * kTileCols;
+  const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
   int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
   const auto enough = [&] {
