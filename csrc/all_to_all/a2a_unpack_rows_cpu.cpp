@@ -8,6 +8,7 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
+#include "../common/stream_rows.h"
 #include "fp8_block.h"
 
 namespace moe_ext::cpu {
@@ -29,11 +30,8 @@ MOE_CPU_CLONES void scale_block(const uint8_t* source, const float* values, floa
 }
 
 template <typename scalar_t>
-void read_payload(const char* bytes, const PackedRow& row, scalar_t* output) {
-  if (row.scales == 0) {
-    std::memcpy(output, bytes, row.hidden_size * sizeof(scalar_t));
-    return;
-  }
+void read_payload(const char* bytes, const PackedRow& row, scalar_t* output, const RowWriter& writer) {
+  if (row.scales == 0) return writer.copy(output, bytes);
   for (int64_t block = 0; block < row.scales; ++block) {
     float scale = 0;
     std::memcpy(&scale, bytes + row.scales_at + block * sizeof(float), sizeof(float));
@@ -59,17 +57,19 @@ std::tuple<Tensor, Tensor, Tensor> a2a_unpack_rows(const Tensor& rows, int64_t h
     auto* hidden_out = hidden.mutable_data_ptr<scalar_t>();
     auto* id_out = ids.mutable_data_ptr<int32_t>();
     auto* weight_out = static_cast<char*>(weights.mutable_data_ptr());
+    const RowWriter writer(hidden_out, num_rows, hidden_size * static_cast<int64_t>(sizeof(scalar_t)));
     parallel_rows(num_rows, row.row_bytes + hidden_size * static_cast<int64_t>(sizeof(scalar_t)),
                   [&](int64_t begin, int64_t end) {
                     for (int64_t m = begin; m < end; ++m) {
                       const char* bytes = input + m * row.row_bytes;
-                      read_payload(bytes, row, hidden_out + m * hidden_size);
+                      read_payload(bytes, row, hidden_out + m * hidden_size, writer);
                       std::memcpy(id_out + m * topk, bytes + row.ids_at, topk * sizeof(int32_t));
                       if (weighted) {
                         std::memcpy(weight_out + m * topk * row.weight_bytes, bytes + row.weights_at,
                                     topk * row.weight_bytes);
                       }
                     }
+                    writer.finish();
                   });
   });
   return {hidden, ids, weights};

@@ -8,7 +8,7 @@
 #include "host_device.h"
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace moe_ext::cpu {
@@ -21,6 +21,22 @@ inline void fence_streamed_stores() {
   _mm_sfence();
 #endif
 }
+
+#ifdef __SSE2__
+// Whole cache lines, which leave the core at a quarter more of the rate than pieces of 16 bytes.
+__attribute__((target("avx512f"))) inline void stream_lines(void* destination, const void* source, int64_t bytes) {
+  auto* to = static_cast<char*>(destination);
+  const auto* from = static_cast<const char*>(source);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+}
+
+inline bool streams_lines() {
+  static const bool lines = __builtin_cpu_supports("avx512f");
+  return lines;
+}
+#endif
 
 class RowWriter {
  public:
@@ -39,6 +55,9 @@ class RowWriter {
   void write(void* destination, const void* source, int64_t bytes) const {
 #ifdef __SSE2__
     if (streamed_) {
+      if ((reinterpret_cast<uintptr_t>(destination) | static_cast<uintptr_t>(bytes)) % 64 == 0 && streams_lines()) {
+        return stream_lines(destination, source, bytes);
+      }
       auto* to = static_cast<__m128i*>(destination);
       const auto* from = static_cast<const __m128i*>(source);
       for (int64_t i = 0; i < bytes / kVectorBytes; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
