@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "host_device.h"
-
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
@@ -90,12 +88,5 @@ class RowWriter {
   int64_t row_bytes_;
   bool streamed_ = false;
 };
-
-// Asks for a row that is read soon.
-MOE_HOST_DEVICE_INLINE void prefetch_row(const void* row, int64_t bytes) {
-#if defined(__GNUC__)
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
-#endif
-}
 
 }  // namespace moe_ext::cpu
