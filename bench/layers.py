@@ -50,6 +50,17 @@ class Layer:
         used = min(self.shape.num_experts, int(torch.unique(self.ids).numel()))
         return self.weight_bytes * used // self.shape.num_experts
 
+    def reading(self) -> Callable[[], None]:
+        """Sums the weights of the experts that hold a token, as float32 whatever they are: reads each once."""
+        experts = torch.unique(self.ids).tolist()
+        parts = [weight[e].view(torch.float32) for weight in self.arguments[2:] for e in experts]
+
+        def read() -> None:
+            for part in parts:
+                part.sum()
+
+        return read
+
     def forward(self, name: str) -> Callable[[], Tensor]:
         run = self.contenders[name]
         return lambda: run(*self.arguments)

@@ -18,13 +18,17 @@ from .timing import Timer
 
 
 def _cpu_model() -> str:
+    """The name, and family and model beside it: cloud machines of several generations bear one name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        fields = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        fields = []
+    first = {name.strip(): value.strip() for name, value in reversed(fields)}
+    if "model name" not in first:
+        return platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= first.keys():
+        return f"{first['model name']} (family {first['cpu family']}, model {first['model']})"
+    return first["model name"]
 
 
 def _commit() -> str | None:

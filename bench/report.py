@@ -12,9 +12,10 @@ SCHEMA_VERSION = 2  # 2 added the samples of each row
 EXPLANATION = """Times are medians of interleaved rounds; speedup is the best peer's time over ours,
 so above 1 is faster; every peer's result was compared with ours before it was timed. The ceiling is the share reached
 of a dense product of equal FLOPs and, on a CPU, of the peak (the same FLOPs as multiply-adds from register to
-register), or of the bandwidth of a copy or of reading, measured in the same run; for decode, of reading the weights
-that are used, once. Peak memory is what a forward and backward adds to inputs, weights and incoming gradient, each
-contender in a process of its own (`bench/memory.py`). No GPU has been measured yet."""
+register), or of the bandwidth of a copy, measured in the same run; for decode, of reading the weights that are used,
+once (on a CPU timed beside the contenders, round by round). Peak memory is what a forward and backward adds to inputs,
+weights and incoming gradient, each contender in a process of its own (`bench/memory.py`).
+No GPU has been measured yet."""
 PREAMBLE = f"""# Results
 
 Written by `python -m bench report bench/results/*.json`. Each file holds the machine, the versions, every peer's time,
@@ -88,7 +89,7 @@ def make_row(
 def ceiling_text(row: dict[str, Any]) -> str:
     if row.get("percent_of_read_bandwidth"):
         return f"{row['percent_of_read_bandwidth']:.0f}% of read"
-    if row["table"] in ("C", "D") and row["percent_of_copy_bandwidth"]:
+    if row["table"] in ("C", "D") and not row["percent_of_ceiling"] and row["percent_of_copy_bandwidth"]:
         return f"{row['percent_of_copy_bandwidth']:.0f}% of copy"
     return ", ".join(f"{percent:.0f}% of {name}" for name, percent in row["percent_of_ceiling"].items())
 
