@@ -39,8 +39,8 @@ MOE_INLINE typename Simd<Sum>::Vec sum_lanes(const typename Simd<Sum>::Vec* vect
       b[i] = _mm512_shuffle_ps(a[0], a[1], 0x44) + _mm512_shuffle_ps(a[0], a[1], 0xee);
     }
     const __m512 low = _mm512_shuffle_f32x4(b[0], b[1], 0x44) + _mm512_shuffle_f32x4(b[0], b[1], 0xee);
-    const __m512 high = kCount > 8 ? _mm512_shuffle_f32x4(b[2], b[3], 0x44) + _mm512_shuffle_f32x4(b[2], b[3], 0xee)
-                                   : __m512{};
+    const __m512 high =
+        kCount > 8 ? _mm512_shuffle_f32x4(b[2], b[3], 0x44) + _mm512_shuffle_f32x4(b[2], b[3], 0xee) : __m512{};
     return reinterpret_cast<Floats>(_mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd));
   }
 #elif defined(__AVX2__)
@@ -65,8 +65,8 @@ MOE_INLINE typename Simd<Sum>::Vec sum_lanes(const typename Simd<Sum>::Vec* vect
   return sums;
 }
 
-// Cache lines [line, end) of the next columns, counted through one column after the other, that a block of rows fetches:
-// in that order memory and the translation of addresses answer soonest.
+// Cache lines [line, end) of the next columns, counted through one column after the other, that a block of rows
+// fetches: in that order memory and the translation of addresses answer soonest.
 template <int kCols>
 struct DotFetch {
   const char* cols[kCols];
@@ -94,8 +94,8 @@ MOE_INLINE void dot_step(const typename Format::Unit* rows, int64_t row_stride, 
   }
 }
 
-// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them. Each step fetches kFetched lines
-// of `wanted`: to fetch costs an instruction, to keep account of it would cost more.
+// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them. Each step fetches kFetched
+// lines of `wanted`: to fetch costs an instruction, to keep account of it would cost more.
 template <typename Format, int kRows, int kCols, int kSumCols, int kFetched>
 void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
                typename Format::Sum* sums, int64_t sums_stride, bool first, const DotFetch<kCols>& wanted) {

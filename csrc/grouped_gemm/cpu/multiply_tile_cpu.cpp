@@ -196,8 +196,8 @@ Way choose_way(const Product& product, const GemmKernels& kernels) {
   // Weights that are widened are widened once for all rows.
   if (kernels.element_bytes * kernels.elements_per_unit < kernels.unit_bytes) return Way::kPacked;
   if (multiplies_whole_vectors(kernels)) return rows <= kFewRows * kernels.elements_per_unit ? Way::kDot : Way::kPacked;
-  // Cycles for each vector of weights elsewhere, as on a Zen 4: to pack it 18; to sum the lanes of what `dot` accumulated 3.2 for
-  // each row, once in `steps`, and 0.03 for each row, because it needs more of the cache.
+  // Cycles for each vector of weights elsewhere, as on a Zen 4: to pack it 18; to sum the lanes of what `dot`
+  // accumulated 3.2 for each row, once in `steps`, and 0.03 for each row, because it needs more of the cache.
   const int64_t steps = dot_depth(product, kernels) / kernels.vector_elements;
   return rows * (steps + 107) <= 600 * steps ? Way::kDot : Way::kPacked;
 }
