@@ -52,13 +52,14 @@ def test_figures_of_the_readme_are_those_of_the_result_files():
     )
 
 
-def test_results_page_is_what_the_command_prints(capsys):
-    bench.main(["report", *map(str, RESULTS)])
-    assert capsys.readouterr().out == (ROOT / "bench/results/README.md").read_text(), (
-        "run: python -m bench report bench/results/*.json > bench/results/README.md"
-    )
-    for path in RESULTS:
-        assert f"## {path.name}" in (ROOT / "bench/results/README.md").read_text()
+@pytest.mark.parametrize("folder", sorted({path.parent for path in (ROOT / "bench/results").rglob("*.json")}), ids=str)
+def test_results_page_is_what_the_command_prints(folder, capsys):
+    results, page = sorted(folder.glob("*.json")), (folder / "README.md").read_text()
+    bench.main(["report", *map(str, results)])
+    name = folder.relative_to(ROOT)
+    assert capsys.readouterr().out == page, f"run: python -m bench report {name}/*.json > {name}/README.md"
+    for path in results:
+        assert f"## {path.name}" in page
 
 
 def test_bench_commands_of_the_readme_parse():
