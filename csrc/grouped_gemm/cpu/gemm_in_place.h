@@ -1,6 +1,6 @@
 // Products that read the right factor in place: each of its lines leaves memory once, and none is packed.
-//   dot    lines along the inner dimension: 7 rows x 4 or 4 x 6 columns of accumulators, whose lanes are summed at the
-//          end
+//   dot    lines along the inner dimension: 7 rows x 4 or 4 x 6 columns of accumulators, or a few columns one after the
+//          other; lanes are summed at the end
 //   axpy   lines across it, a few rows: eight steps of them side by side, swept from end to end, the next eight fetched
 //          meanwhile; sums stay in L1, and each vector of weights meets all rows while it is in a register
 #pragma once
@@ -11,14 +11,18 @@
 namespace moe_ext::cpu::MOE_ISA {
 namespace {
 
-// Rows and columns whose accumulators, with a vector of each column, fill the registers.
+// Rows and columns whose accumulators, with a vector of each column beside them, fill the registers.
 struct DotShape {
   int rows, cols, sum_cols;  // sum_cols are summed and written together
+  int side;                  // columns read side by side, the others after them
 };
-// A few rows wait for memory, which answers soonest where few lines are read at once. Many rows take what of them lies
-// in L2 once for each block of columns.
-constexpr DotShape kDotFew = MOE_VECTOR_BYTES == 64 ? DotShape{7, 4, 4} : DotShape{4, 3, 4};
-constexpr DotShape kDotMany = MOE_VECTOR_BYTES == 64 ? DotShape{4, 6, 8} : DotShape{4, 3, 4};
+// Memory answers soonest where few lines are read at once: short ones one after the other, since the rows, which each
+// of them reads again, stay in L1, long ones a few. Many rows take what of them lies in L2 once for each block of
+// columns.
+constexpr DotShape kDotLines = MOE_VECTOR_BYTES == 64 ? DotShape{4, 4, 4, 1} : DotShape{4, 3, 4, 1};
+constexpr DotShape kDotFew = MOE_VECTOR_BYTES == 64 ? DotShape{7, 4, 4, 4} : DotShape{4, 3, 4, 3};
+constexpr DotShape kDotMany = MOE_VECTOR_BYTES == 64 ? DotShape{4, 6, 8, 6} : DotShape{4, 3, 4, 3};
+constexpr int64_t kDotLinesBytes = 4096;  // of a packed row
 
 // The sums of kLanes vectors, of which the first kCount are not zeros: result[i] that of vectors[i]. Every vector's
 // lanes are summed in the same order.
@@ -75,60 +79,73 @@ struct DotFetch {
 };
 
 // One vector of the inner dimension; unless kWhole, it is the columns' last, of `count` elements.
-template <typename Format, int kRows, int kCols, int kSumCols, bool kWhole>
+template <typename Format, int kRows, int kSide, int kSumCols, bool kWhole>
 MOE_INLINE void dot_step(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t offset,
                          int64_t count, SumVec<Format>* acc) {
-  UnitVec<Format> right[kCols];
+  UnitVec<Format> right[kSide];
 #pragma GCC unroll 8
-  for (int col = 0; col < kCols; ++col) {
+  for (int col = 0; col < kSide; ++col) {
     right[col] = kWhole ? Format::load(cols[col] + offset) : load_some<Format>(cols[col] + offset, count);
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     const UnitVec<Format> left = Simd<typename Format::Unit>::load(rows + row * row_stride);
 #pragma GCC unroll 8
-    for (int col = 0; col < kCols; ++col) {
+    for (int col = 0; col < kSide; ++col) {
       SumVec<Format>& sum = acc[row * kSumCols + col];
       sum = multiply_add<Format>(left, right[col], sum);
     }
   }
 }
 
-// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them. Each step fetches kFetched
-// lines of `wanted`: to fetch costs an instruction, to keep account of it would cost more.
-template <typename Format, int kRows, int kCols, int kSumCols, int kFetched>
+// kSide columns from end to end. Each step fetches kFetched lines of `wanted` from `line` on: to fetch costs an
+// instruction, to keep account of it would cost more.
+template <typename Format, int kRows, int kSide, int kSumCols, int kFetched, int kCols>
+MOE_INLINE void dot_side(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
+                         const DotFetch<kCols>& wanted, int64_t& line, SumVec<Format>* acc) {
+  constexpr int64_t kElements = kLanes<Format> * Format::kPerUnit;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
+  const int64_t whole = count / kElements * kElements;
+  int64_t k = 0;
+  while (line < wanted.end && k < whole) {
+    const int64_t col = line / wanted.lines, first = line - col * wanted.lines;
+    const int64_t left = wanted.end - line, here = wanted.lines - first < left ? wanted.lines - first : left;
+    const int64_t steps = (here + kFetched - 1) / kFetched, room = (whole - k) / kElements;
+    const char* from = wanted.cols[col] + first * kCacheLine;
+    for (const int64_t end = k + (steps < room ? steps : room) * kElements; k < end; k += kElements) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kFetched; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
+      from += kFetched * kCacheLine;
+      dot_step<Format, kRows, kSide, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+      rows += kLanes<Format>;
+    }
+    line += steps <= room ? here : room * kFetched;
+  }
+  for (; k < whole; k += kElements, rows += kLanes<Format>) {
+    dot_step<Format, kRows, kSide, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+  }
+  if (k < count) {
+    dot_step<Format, kRows, kSide, kSumCols, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
+  }
+}
+
+// `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them.
+template <typename Format, int kRows, int kCols, int kSumCols, int kSide, int kFetched>
 void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
                typename Format::Sum* sums, int64_t sums_stride, bool first, const DotFetch<kCols>& wanted) {
   using Sum = typename Format::Sum;
   constexpr int kLane = kLanes<Format>;
-  constexpr int64_t kElements = kLane * Format::kPerUnit;
-  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
   constexpr int kUsed = kRows * kSumCols, kVectors = (kUsed + kLane - 1) / kLane * kLane;
+  static_assert(kCols % kSide == 0);
   // Sums past the last column: zeros, which the next block overwrites; later -0, which changes nothing there.
   const SumVec<Format> nothing = broadcast<Sum>(first ? Sum(0) : -Sum(0));
   SumVec<Format> acc[kVectors];
 #pragma GCC unroll 32
   for (int i = 0; i < kVectors; ++i) acc[i] = i % kSumCols < kCols ? SumVec<Format>{} : nothing;
-  int64_t k = 0;
-  const int64_t whole = count / kElements * kElements;
-  for (int64_t line = wanted.line; line < wanted.end && k < whole;) {
-    const int64_t col = line / wanted.lines, first_line = line - col * wanted.lines;
-    const int64_t left = wanted.end - line, here = wanted.lines - first_line < left ? wanted.lines - first_line : left;
-    const char* from = wanted.cols[col] + first_line * kCacheLine;
-    const int64_t steps = (here + kFetched - 1) / kFetched, stop = k + steps * kElements;
-    for (const int64_t end = stop < whole ? stop : whole; k < end; k += kElements, rows += kLane) {
+  int64_t line = wanted.line;
 #pragma GCC unroll 8
-      for (int i = 0; i < kFetched; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
-      from += kFetched * kCacheLine;
-      dot_step<Format, kRows, kCols, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
-    }
-    line += here;
-  }
-  for (; k < whole; k += kElements, rows += kLane) {
-    dot_step<Format, kRows, kCols, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
-  }
-  if (k < count) {
-    dot_step<Format, kRows, kCols, kSumCols, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
+  for (int col = 0; col < kCols; col += kSide) {
+    dot_side<Format, kRows, kSide, kSumCols, kFetched>(rows, row_stride, cols + col, count, wanted, line, acc + col);
   }
   typedef Sum Loose __attribute__((vector_size(kSumCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
   alignas(64) Sum summed[kVectors];
@@ -150,20 +167,23 @@ template <typename Format, int kCols>
 using DotBlock = void (*)(const typename Format::Unit*, int64_t, const char* const*, int64_t, typename Format::Sum*,
                           int64_t, bool, const DotFetch<kCols>&);
 
-// The blocks of 1 to kRows rows.
-template <typename Format, int kRows, int kCols, int kSumCols, int kFetched>
+// The blocks of 1 to kShape.rows rows.
+template <typename Format, DotShape kShape, int kFetched>
 struct DotBlocks {
-  DotBlock<Format, kCols> of_rows[kRows + 1] = {};
+  DotBlock<Format, kShape.cols> of_rows[kShape.rows + 1] = {};
 
-  constexpr DotBlocks() { fill<kRows>(); }
+  constexpr DotBlocks() { fill<kShape.rows>(); }
 
  private:
   template <int kCount>
   constexpr void fill() {
-    of_rows[kCount] = &dot_block<Format, kCount, kCols, kSumCols, kFetched>;
+    of_rows[kCount] = &dot_block<Format, kCount, kShape.cols, kShape.sum_cols, kShape.side, kFetched>;
     if constexpr (kCount > 1) fill<kCount - 1>();
   }
 };
+
+template <typename Format, DotShape kShape, int kFetched = kShape.side>
+constexpr DotBlocks<Format, kShape, kFetched> kDotBlocks = {};
 
 // All columns: `blocks` of rows pass over a few of them, and share the lines of the next few to fetch.
 template <typename Format, int kCols>
@@ -196,9 +216,6 @@ void dot_columns(const DotBlock<Format, kCols>* of_rows, int64_t blocks, const t
   }
 }
 
-template <typename Format, DotShape kShape, int kFetched>
-constexpr DotBlocks<Format, kShape.rows, kShape.cols, kShape.sum_cols, kFetched> kDotBlocks = {};
-
 template <typename Format>
 void dot(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
          int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after) {
@@ -207,7 +224,9 @@ void dot(const void* rows, int64_t row_stride, int64_t num_rows, const char* con
                         num_cols, first, count, static_cast<typename Format::Sum*>(sums), sums_stride, first_block,
                         after);
   };
-  if (num_rows <= kDotFew.rows) return run(kDotBlocks<Format, kDotFew, kDotFew.cols>.of_rows, 1);
+  const int64_t row_bytes = count / Format::kPerUnit * static_cast<int64_t>(sizeof(typename Format::Unit));
+  if (num_rows <= kDotLines.rows && row_bytes <= kDotLinesBytes) return run(kDotBlocks<Format, kDotLines>.of_rows, 1);
+  if (num_rows <= kDotFew.rows) return run(kDotBlocks<Format, kDotFew>.of_rows, 1);
   const int64_t blocks = (num_rows + kDotMany.rows - 1) / kDotMany.rows;
   constexpr int kHalf = (kDotMany.cols + 1) / 2, kThird = (kDotMany.cols + 2) / 3;
   run(blocks == 2              ? kDotBlocks<Format, kDotMany, kHalf>.of_rows
