@@ -266,8 +266,11 @@ def test_gradcheck_activation(activation):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_same_bits_for_any_number_of_threads(dtype):
-    case = Case((700, 96, 600, 3, 2), "zipf", dtype=dtype, gather=True, bias=True)
+@pytest.mark.parametrize("shape", [(700, 96, 600, 3, 2), (150, 96, 2200, 4, 2)])
+def test_same_bits_for_any_number_of_threads(shape, dtype):
+    """Large products, and wide ones of few rows."""
+    case = Case(shape, "zipf", dtype=dtype, gather=True, bias=True)
+    case.check()
     threads = torch.get_num_threads()
     results = []
     try:

@@ -24,6 +24,8 @@ constexpr int64_t kTilesPerThread = 8;
 // Bytes of a line that is swept, or of a half with a pair. Shorter pieces are read at two thirds of the rate: what the
 // hardware fetches past their ends is lost. Only a thread without a tile is worth that.
 constexpr int64_t kShortestSweep = 2048;
+// Up to so many sums of a column a tile is four times as wide.
+constexpr int64_t kWideRowsBytes = 96 * 4;
 constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to row
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,6 +41,7 @@ struct Scratch {
     // Packing writes whole vectors, so a block may be a vector's worth of rows larger than the tile.
     constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
     constexpr int64_t kSums = kTileRows * kDotStride * kUnit;
+    static_assert(4 * kTileCols * kWideRowsBytes <= kSums);
     memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + kRight + kSums + 4095) / 4096 * 4096)));
     MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
     left = memory.get(), right = left + kLeft, sums = right + kRight;
@@ -338,8 +341,10 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   // for as many columns as there is room for sums.
   const Way way = choose_way(product, kernels);
   const bool swept = way == Way::kAxpy;
-  const int64_t fewer_rows = way != Way::kPacked ? 1 : rows <= kTileRows / 4 ? 4 : rows <= kTileRows / 2 ? 2 : 1;
-  const int64_t largest_cols = swept ? kFewRowsStride : fewer_rows * kTileCols;
+  const int64_t wider = way != Way::kPacked || rows > kTileRows / 2   ? 1
+                        : rows * kernels.unit_bytes <= kWideRowsBytes ? 4
+                                                                      : 2;
+  const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
   int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
