@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,20 +69,20 @@ def layer_cases(
     name, weight_bytes = f"{shape.name} T={shape.num_tokens}", float(layer.used_weight_bytes)
     skipped = dict(layer.skipped)
     runs = {peer: layer.forward(peer) for peer in layer.contenders}
-    if table == "D" and context.device == "cuda":
+    decode, on_cpu = table == "D", context.device == "cpu"
+    if decode and not on_cpu:
         # Decode as it is served: replayed. What cannot be captured (a host sync inside) stays eager and says so.
         ours = _graphed_when_called(runs.pop("ours"))
         runs = {"ours": ours, **{n: _graph_or_eager(n, run, skipped) for n, run in runs.items()}}
-    if table != "D":
+    if decode and on_cpu:  # its memory is shared with whoever else runs there: reading is timed beside the contenders
+        ceilings: dict[str, Callable[[], Any]] = {"reading": layer.reading()}
+    else:
         ceilings = with_peak(context, {"dense mm": layer.dense()}, shape.forward_flops, dtype)
-    else:  # a CPU's memory is shared with whoever else runs there: reading is timed beside the contenders
-        ceilings = {"reading": layer.reading()} if context.device == "cpu" else {}
     yield Case("moe_mlp", table, name, dtype, routing, "forward", runs.pop("ours"), runs, ceilings, skipped,
                flops=shape.forward_flops, bytes=weight_bytes,
-               read_bytes=weight_bytes if table == "D" and not ceilings else 0.0)  # fmt: skip
+               read_bytes=weight_bytes if decode and not on_cpu else 0.0)  # fmt: skip
     if backward:
         # Few tokens: the weights are read twice and the gradients of all of them written.
-        decode = table == "D"
         moved = 2.0 * weight_bytes + layer.weight_bytes if decode else 3.0 * weight_bytes
         steps = layer.steps()
         yield Case("moe_mlp_backward", table, name, dtype, routing, "forward+backward", steps.pop("ours"), steps,

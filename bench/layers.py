@@ -45,15 +45,17 @@ class Layer:
         return sum(x.numel() * x.element_size() for x in self.arguments[2:])
 
     @property
+    def used_experts(self) -> list[int]:
+        """Those that hold a token."""
+        return [expert for expert in torch.unique(self.ids).tolist() if 0 <= expert < self.shape.num_experts]
+
+    @property
     def used_weight_bytes(self) -> int:
-        """Of the experts that hold a token."""
-        used = min(self.shape.num_experts, int(torch.unique(self.ids).numel()))
-        return self.weight_bytes * used // self.shape.num_experts
+        return self.weight_bytes * len(self.used_experts) // self.shape.num_experts
 
     def reading(self) -> Callable[[], None]:
-        """Sums the weights of the experts that hold a token, as float32 whatever they are: reads each once."""
-        experts = torch.unique(self.ids).tolist()
-        parts = [weight[e].view(torch.float32) for weight in self.arguments[2:] for e in experts]
+        """Sums the weights of the used experts, as float32 whatever they are: reads each once."""
+        parts = [weight[e].view(torch.float32) for weight in self.arguments[2:] for e in self.used_experts]
 
         def read() -> None:
             for part in parts:
