@@ -98,11 +98,11 @@ MOE_INLINE void dot_step(const typename Format::Unit* rows, int64_t row_stride, 
   }
 }
 
-// kSide columns from end to end. Each step fetches kFetched lines of `wanted` from `line` on: to fetch costs an
+// kShape.side columns from end to end. Each step fetches kFetched lines of `wanted` from `line` on: to fetch costs an
 // instruction, to keep account of it would cost more.
-template <typename Format, int kRows, int kSide, int kSumCols, int kFetched, int kCols>
+template <typename Format, int kRows, DotShape kShape, int kFetched>
 MOE_INLINE void dot_side(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
-                         const DotFetch<kCols>& wanted, int64_t& line, SumVec<Format>* acc) {
+                         const DotFetch<kShape.cols>& wanted, int64_t& line, SumVec<Format>* acc) {
   constexpr int64_t kElements = kLanes<Format> * Format::kPerUnit;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
   const int64_t whole = count / kElements * kElements;
@@ -116,27 +116,27 @@ MOE_INLINE void dot_side(const typename Format::Unit* rows, int64_t row_stride, 
 #pragma GCC unroll 8
       for (int i = 0; i < kFetched; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
       from += kFetched * kCacheLine;
-      dot_step<Format, kRows, kSide, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+      dot_step<Format, kRows, kShape.side, kShape.sum_cols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
       rows += kLanes<Format>;
     }
     line += steps <= room ? here : room * kFetched;
   }
   for (; k < whole; k += kElements, rows += kLanes<Format>) {
-    dot_step<Format, kRows, kSide, kSumCols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+    dot_step<Format, kRows, kShape.side, kShape.sum_cols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
   }
   if (k < count) {
-    dot_step<Format, kRows, kSide, kSumCols, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
+    dot_step<Format, kRows, kShape.side, kShape.sum_cols, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
   }
 }
 
 // `rows` are packed units, zeros up to a whole vector; `cols` elements, `count` of them.
-template <typename Format, int kRows, int kCols, int kSumCols, int kSide, int kFetched>
+template <typename Format, int kRows, DotShape kShape, int kFetched>
 void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
-               typename Format::Sum* sums, int64_t sums_stride, bool first, const DotFetch<kCols>& wanted) {
+               typename Format::Sum* sums, int64_t sums_stride, bool first, const DotFetch<kShape.cols>& wanted) {
   using Sum = typename Format::Sum;
-  constexpr int kLane = kLanes<Format>;
+  constexpr int kLane = kLanes<Format>, kCols = kShape.cols, kSumCols = kShape.sum_cols;
   constexpr int kUsed = kRows * kSumCols, kVectors = (kUsed + kLane - 1) / kLane * kLane;
-  static_assert(kCols % kSide == 0);
+  static_assert(kCols % kShape.side == 0);
   // Sums past the last column: zeros, which the next block overwrites; later -0, which changes nothing there.
   const SumVec<Format> nothing = broadcast<Sum>(first ? Sum(0) : -Sum(0));
   SumVec<Format> acc[kVectors];
@@ -144,8 +144,8 @@ void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char
   for (int i = 0; i < kVectors; ++i) acc[i] = i % kSumCols < kCols ? SumVec<Format>{} : nothing;
   int64_t line = wanted.line;
 #pragma GCC unroll 8
-  for (int col = 0; col < kCols; col += kSide) {
-    dot_side<Format, kRows, kSide, kSumCols, kFetched>(rows, row_stride, cols + col, count, wanted, line, acc + col);
+  for (int col = 0; col < kCols; col += kShape.side) {
+    dot_side<Format, kRows, kShape, kFetched>(rows, row_stride, cols + col, count, wanted, line, acc + col);
   }
   typedef Sum Loose __attribute__((vector_size(kSumCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
   alignas(64) Sum summed[kVectors];
@@ -177,7 +177,7 @@ struct DotBlocks {
  private:
   template <int kCount>
   constexpr void fill() {
-    of_rows[kCount] = &dot_block<Format, kCount, kShape.cols, kShape.sum_cols, kShape.side, kFetched>;
+    of_rows[kCount] = &dot_block<Format, kCount, kShape, kFetched>;
     if constexpr (kCount > 1) fill<kCount - 1>();
   }
 };

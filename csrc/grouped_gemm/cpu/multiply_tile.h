@@ -5,7 +5,7 @@
 //   left strip    14 rows x 256 deep                14 KiB   stays in L1 while a panel passes
 //   left block    256 rows x (256 + 16) deep       272 KiB   stays in L2 for all panels of a block
 //   sums          256 rows x 256 columns           256 KiB   stay in L2 from one block of the inner dimension to the
-//   next
+//                                                            next; fewer rows are wider, up to 96 x 1024, 384 KiB
 // Together 560 KiB of L2, the rest is left to the weights that are fetched ahead. A panel of
 // lines along the inner dimension is packed in 6 to 18 cycles for each vector of 16 units (four shuffles; the rest
 // waits for memory and for translations of addresses) and then used one cycle for each row, on a Zen 5 half a cycle: up

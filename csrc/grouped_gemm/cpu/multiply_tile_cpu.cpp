@@ -341,9 +341,8 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   // for as many columns as there is room for sums.
   const Way way = choose_way(product, kernels);
   const bool swept = way == Way::kAxpy;
-  const int64_t wider = way != Way::kPacked || rows > kTileRows / 2   ? 1
-                        : rows * kernels.unit_bytes <= kWideRowsBytes ? 4
-                                                                      : 2;
+  int64_t wider = 1;
+  if (way == Way::kPacked && rows <= kTileRows / 2) wider = rows * kernels.unit_bytes <= kWideRowsBytes ? 4 : 2;
   const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
