@@ -163,9 +163,10 @@ def test_pack_every_slot_alone(device):
     assert torch.equal(packed.cpu(), twin.cpu()) and plan.send_counts.sum() == (ids >= 0).logical_and(ids < 11).sum()
 
 
-@pytest.mark.parametrize("payload, hidden_size", [("fp8", 4104), ("native", 1028)])
+@pytest.mark.parametrize("payload, hidden_size", [("fp8", 4104), ("native", 1028), ("native", 1024)])
 def test_pack_rows_past_the_caches(payload, hidden_size, device):
-    """16 MiB of rows and more are streamed; their ends are no multiple of a vector, and some hold no token."""
+    """16 MiB of rows and more are streamed; their ends are no multiple of a vector or whole cache lines, and some hold
+    no token."""
     ids = make_topk_ids(2100, 8, 2, device)
     offsets = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
     plan = moe_ext.a2a_plan(ids, offsets)
@@ -173,6 +174,9 @@ def test_pack_rows_past_the_caches(payload, hidden_size, device):
     packed = moe_ext.a2a_pack_rows(hidden, ids, None, plan, payload=payload)
     assert packed.numel() >= 16 << 20 and (plan.send_to_slot < 0).any()
     assert torch.equal(packed.cpu(), reference.a2a_pack_rows(hidden, ids, None, plan, payload=payload).cpu())
+    unpack = {"hidden_size": hidden_size, "topk": 2, "dtype": torch.float32, "payload": payload, "weighted": False}
+    pairs = zip(moe_ext.a2a_unpack_rows(packed, **unpack), reference.a2a_unpack_rows(packed, **unpack), strict=True)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
 def test_fp8_of_special_values(device):

@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 # Every how many of a family's tests run: co-prime to the numbers of parameters, so that all values occur.
-FAMILIES = {"grouped_gemm": 5, "experts": 11}
+FAMILIES = {"grouped_gemm": 5, "grouped_gemm_cpu": 3, "experts": 11}
 CALL = "import torch, moe_ext; x = torch.ones(1, 2, 2); print(moe_ext.grouped_gemm(x[0], x, torch.tensor([0, 2]).int(), weight_layout='enk').sum().item())"
 
 

@@ -264,65 +264,6 @@ def test_gradcheck_activation(activation):
     assert torch.autograd.gradcheck(case.forward(moe_ext), [a.requires_grad_() for a in case.args])
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(700, 96, 600, 3, 2), (150, 96, 2200, 4, 2)])
-def test_same_bits_for_any_number_of_threads(shape, dtype):
-    """Large products, and wide ones of few rows."""
-    case = Case(shape, "zipf", dtype=dtype, gather=True, bias=True)
-    case.check()
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            output = case.forward(moe_ext)(*case.args)
-            grads = [
-                moe_ext.grouped_gemm_wgrad(case.input, case.grad, case.offsets, **case.settings, out_dtype=out_dtype)
-                for out_dtype in (None, None if dtype == torch.float64 else torch.float32)
-            ]
-            results.append([output, *grads, moe_ext.grouped_bias_grad(case.grad, case.offsets)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-# On the CPU such rows are multiplied in place, in several blocks of the inner dimension (of which the last is shorter).
-@pytest.mark.cpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["none", "swiglu"])
-def test_long_rows(activation, dtype):
-    case = Case((70, 9003, 70, 2, 1), "dropped", dtype=dtype, gather=True, bias=True, activation=activation)
-    case.check()
-    run, threads = case.forward(moe_ext), torch.get_num_threads()
-    expected = run(*case.args)
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(expected, run(*case.args))
-    finally:
-        torch.set_num_threads(threads)
-
-
-# Numbers of rows differ in how many are multiplied at once, in the depth of a block, in who fetches what ahead.
-@pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("in_features", [40, 1100])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_small_number_of_rows(layout, in_features, dtype):
-    """Small integers, whose sums are exact: rounded once, every bit is known."""
-    counts = torch.arange(35)
-    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
-    integers = torch.Generator().manual_seed(7)
-    rows = torch.randint(-2, 3, (int(offsets[-1]), in_features), generator=integers).to(dtype)
-    weight = torch.randint(-2, 3, (len(counts), 45, in_features), generator=integers).to(dtype)
-    groups = rows.double().split(counts.tolist())
-    expected = torch.cat([group @ matrix.double().T for group, matrix in zip(groups, weight, strict=True)]).to(dtype)
-    if layout == "ekn":
-        weight = weight.transpose(1, 2).contiguous()
-    assert torch.equal(moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout), expected)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("in_features, out_features", [(1, 9), (9, 1), (1, 1), (300, 1090)])
 def test_narrow_and_wide(in_features, out_features, layout, device):
@@ -330,36 +271,6 @@ def test_narrow_and_wide(in_features, out_features, layout, device):
     case = Case((20, in_features, out_features, 3, 2), "zipf", device=device, layout=layout, gather=True, bias=True)
     case.check()
     Case((9, in_features, out_features, 4, 2), device=device, layout=layout, gather=True, activation="swiglu").check()
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("in_features", [2048, 2064])
-def test_written_past_the_caches(in_features, dtype):
-    """Outputs larger than the caches have the bits of smaller ones, whether or not their rows are whole cache lines."""
-    offsets = torch.tensor([0, 5, 8], dtype=torch.int32)
-    x, grad = (torch.randn(8, n, dtype=torch.float64).to(dtype) for n in (in_features, 2048))
-    whole = moe_ext.grouped_gemm_wgrad(x, grad, offsets, weight_layout="enk")
-    for first in range(0, 2048, 256):
-        part = moe_ext.grouped_gemm_wgrad(x, grad[:, first : first + 256], offsets, weight_layout="enk")
-        assert torch.equal(whole[:, first : first + 256], part)
-
-
-@pytest.mark.cpu
-def test_large_gradients_reuse_memory():
-    """A large output gets the pages of one that was freed: nothing of that one may show through."""
-    rows, offsets = make_rows(12, 1792, dtype=torch.float32), torch.tensor([0, 5, 5, 12], dtype=torch.int32)
-    first = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")
-    address, expected = first.data_ptr(), first[0].clone()
-    assert relative_error(expected, rows[:5].double().t() @ rows[:5].double()) < 1e-6
-    del first
-    offsets = torch.tensor([0, 0, 12, 12], dtype=torch.int32)
-    second = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")
-    assert second.data_ptr() == address
-    assert (second[[0, 2]] == 0).all()
-    assert relative_error(second[1], rows.double().t() @ rows.double()) < 1e-6
-    third = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")  # the second is still held
-    assert third.data_ptr() != address and torch.equal(third, second)
 
 
 # Unaligned in fp32, and as tensor cores take them; with the relative error that is allowed.
