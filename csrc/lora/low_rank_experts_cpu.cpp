@@ -184,7 +184,7 @@ MOE_CPU_CLONES void expand_slab(const WeightRows<weight_t>& weights, int64_t fir
     const int64_t* rows = picks.rows.data() + begin;
     const acc_t* factors = picks.factors.data() + begin;
     int64_t c = 0;
-    for (; c + 4 * kStep <= columns; c += 4 * kStep) expand_columns<4>(weights, slab, rows, factors, count, c, sums);
+    for (; c + 8 * kStep <= columns; c += 8 * kStep) expand_columns<8>(weights, slab, rows, factors, count, c, sums);
     for (; c + kStep <= columns; c += kStep) expand_columns<1>(weights, slab, rows, factors, count, c, sums);
     for (; c < columns; ++c) {
       sums[c] = 0;
@@ -250,6 +250,8 @@ class Chosen {
       : shape_(shape),
         ids_(torch::stable::contiguous(topk_ids)),
         weights_holder_(torch::stable::contiguous(topk_weights)),
+        narrow_(ids_.scalar_type() == ScalarType::Int ? ids_.const_data_ptr<int32_t>() : nullptr),
+        wide_(ids_.scalar_type() == ScalarType::Long ? ids_.const_data_ptr<int64_t>() : nullptr),
         weights_(weights_holder_.template const_data_ptr<acc_t>()) {}
 
   acc_t weight(int64_t slot) const { return weights_[slot]; }
@@ -257,14 +259,15 @@ class Chosen {
 
   // -1 for an id outside [0, num_experts)
   int64_t expert(int64_t slot) const {
-    const int64_t id = ids_.scalar_type() == ScalarType::Int ? ids_.template const_data_ptr<int32_t>()[slot]
-                                                             : ids_.template const_data_ptr<int64_t>()[slot];
+    const int64_t id = narrow_ ? narrow_[slot] : wide_[slot];
     return id >= 0 && id < shape_.num_experts ? id : -1;
   }
 
  private:
   LowRankShape shape_;
   Tensor ids_, weights_holder_;
+  const int32_t* narrow_;  // the ids, in one of the two types
+  const int64_t* wide_;
   const acc_t* weights_;
 };
 
