@@ -67,6 +67,38 @@ def test_every_small_number_of_rows(layout, in_features, dtype):
     assert torch.equal(moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout), expected)
 
 
+# 141 columns are four panels and a part of one; the last block of the inner dimension is whole vectors or not; odd numbers
+# of rows leave half a pair in the weight gradient, and rows that are dropped, lines that are not there.
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("in_features", [96, 1088, 1101])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_panels_one_after_the_other(layout, in_features, dtype):
+    """Small integers again, of more rows: each panel is packed while the one before it is multiplied."""
+    counts, generator = [33, 0, 61, 130], torch.Generator().manual_seed(7)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    num_rows = sum(counts)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    tokens, grad = integers(num_rows, in_features), integers(num_rows, 141)
+    weight = integers(len(counts), 141, in_features)
+    slots = torch.randperm(num_rows, generator=generator).int()
+    slots[7::11] = num_rows  # rows of no slot
+    back = torch.full((num_rows,), -1, dtype=torch.int32)
+    for row, slot in enumerate(slots.tolist()):
+        if slot < num_rows:
+            back[slot] = row
+    rows = torch.where((slots < num_rows)[:, None], tokens[slots.clamp(max=num_rows - 1).long()], 0).double()
+    products = [a @ b.double().T for a, b in zip(rows.split(counts), weight, strict=True)]
+    wgrads = torch.stack([b.double().T @ a for a, b in zip(rows.split(counts), grad.split(counts), strict=True)])
+    if layout == "ekn":
+        weight, wgrads = weight.transpose(1, 2).contiguous(), wgrads.transpose(1, 2)
+    settings = {"weight_layout": layout, "gather": (slots, back, 1)}
+    assert torch.equal(moe_ext.grouped_gemm(tokens, weight, offsets, **settings), torch.cat(products).to(dtype))
+    assert torch.equal(moe_ext.grouped_gemm_wgrad(tokens, grad, offsets, **settings), wgrads.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("in_features", [2048, 2064])
 def test_written_past_the_caches(in_features, dtype):

@@ -26,6 +26,19 @@ struct Fetch {
   int64_t bytes = 0;
 };
 
+// What `multiply` does on the side: it packs the next right panel and fetches what comes after it. pack_right_inner
+// (`inner`) would be given `lines`, `first` and `count`, which is whole vectors; pack_right_outer `lines`, `count` and
+// `first`. The panel has all its columns, and no line along the inner dimension is null. Without `right` nothing is
+// packed.
+struct Ahead {
+  void* right = nullptr;
+  const char* const* lines = nullptr;
+  int64_t first = 0;
+  int64_t count = 0;
+  bool inner = false;
+  Fetch after;
+};
+
 // Where the finished sums of a panel go: rows of output elements, each a whole panel wide. `bias` has the factors' type
 // or is null; `stream` writes past the caches, if the output starts and steps by whole cache lines.
 struct PanelOutput {
@@ -45,6 +58,7 @@ struct GemmKernels {
   int64_t vector_elements;    // of the inner dimension in a register
   int64_t panel_cols;         // columns of a packed right block
   int64_t strip_rows;         // rows that `multiply` keeps in registers
+  bool packs_ahead;           // whether `multiply` takes an Ahead with a panel
 
   // left [rows][stride] of units, zeros up to a whole vector of them; first and count are elements of the lines.
   void (*pack_left_inner)(void* left, int64_t stride, const char* const* rows, int64_t num_rows, int64_t first,
@@ -58,7 +72,7 @@ struct GemmKernels {
   // sums [num_rows][panel_cols] (+)= left @ right over `depth` units; with output.data they go there instead, from the
   // registers, and `sums` are only read. After streamed stores the caller fences.
   void (*multiply)(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
-                   const PanelOutput& output, const Fetch& wanted);
+                   const PanelOutput& output, const Ahead& ahead);
   // sums [num_rows][sums_stride] (+)= rows @ cols^T over elements [first, first + count) of the columns, which are read
   // in place; rows are packed [num_rows][row_stride]. Writes up to kDotRoom sums past the last column. `after`, of as
   // many lines as columns or fewer, is what is read next.

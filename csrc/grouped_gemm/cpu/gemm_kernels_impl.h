@@ -68,6 +68,7 @@ constexpr GemmKernels make_kernels() {
           kLanes<Format> * Format::kPerUnit,
           kPanelCols<Format>,
           kStripRows,
+          kPacksAhead<Format>,
           &pack_left_inner<Format>,
           &pack_left_outer<Format>,
           &pack_right_inner<Format>,

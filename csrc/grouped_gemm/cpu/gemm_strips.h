@@ -5,37 +5,12 @@
 // cache lines, which leave without having been read.
 #pragma once
 
-#include "gemm_formats.h"
+#include "gemm_ahead.h"
 
 namespace moe_ext::cpu::MOE_ISA {
 namespace {
 
 constexpr int kStripRows = MOE_STRIP_ROWS;
-constexpr int64_t kCacheLine = 64;
-
-// Walks over the cache lines of a Fetch, a few at a time.
-struct Fetcher {
-  const char* const* line;
-  const char* const* end;
-  int64_t first;
-  int64_t last;
-  int64_t byte;
-
-  Fetcher(const Fetch& wanted, int64_t first_line, int64_t num_lines)
-      : line(wanted.lines + first_line),
-        end(line + num_lines),
-        first(wanted.first_byte),
-        last(wanted.first_byte + wanted.bytes),
-        byte(first) {}
-
-  MOE_INLINE void fetch(int64_t count) {
-    for (; count > 0 && line < end; --count) {
-      __builtin_prefetch(*line + byte, 0, 2);
-      byte += kCacheLine;
-      if (byte >= last) byte = first, ++line;
-    }
-  }
-};
 
 #if defined(__AVX512F__)
 using Bits = __m512i;
@@ -95,35 +70,37 @@ MOE_INLINE void write_rows(SumVec<Format> (&sums)[kRows][2], const PanelOutput& 
   }
 }
 
-template <typename Format, typename Output, int kRows>
+template <typename Format, typename Output, typename Aside, int kRows>
 void multiply_strip(const typename Format::Unit* left, const typename Format::Unit* right, int64_t depth,
-                    typename Format::Sum* sums, bool first, const PanelOutput& output, const Fetcher& to_fetch) {
+                    typename Format::Sum* sums, bool first, const PanelOutput& output, Aside& aside) {
   using Unit = typename Format::Unit;
   using Sum = typename Format::Sum;
   constexpr int kCount = kLanes<Format>;
-  constexpr int64_t kChunk = 16;  // units between two rounds of fetching
   SumVec<Format> acc[kRows][2];
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
     acc[row][0] = first ? SumVec<Format>{} : Simd<Sum>::load(sums + row * 2 * kCount);
     acc[row][1] = first ? SumVec<Format>{} : Simd<Sum>::load(sums + row * 2 * kCount + kCount);
   }
-  Fetcher wanted = to_fetch;
-  const int64_t chunks = depth / kChunk + 1;
-  const int64_t cache_lines = (wanted.end - wanted.line) * ((wanted.last - wanted.first) / kCacheLine + 1);
-  const int64_t wanted_at_once = (cache_lines + chunks - 1) / chunks;
-  for (int64_t start = 0; start < depth; start += kChunk) {
-    wanted.fetch(wanted_at_once);
-    const int64_t end = start + kChunk < depth ? start + kChunk : depth;
-    for (int64_t d = start; d < end; ++d) {
-      const UnitVec<Format> right0 = Simd<Unit>::load(right + d * 2 * kCount);
-      const UnitVec<Format> right1 = Simd<Unit>::load(right + d * 2 * kCount + kCount);
+  const auto step = [&](int64_t d) __attribute__((always_inline)) {
+    const UnitVec<Format> right0 = Simd<Unit>::load(right + d * 2 * kCount);
+    const UnitVec<Format> right1 = Simd<Unit>::load(right + d * 2 * kCount + kCount);
 #pragma GCC unroll 16
-      for (int row = 0; row < kRows; ++row) {
-        const UnitVec<Format> value = broadcast<Unit>(left[row * kLeftStride + d]);
-        acc[row][0] = multiply_add<Format>(value, right0, acc[row][0]);
-        acc[row][1] = multiply_add<Format>(value, right1, acc[row][1]);
-      }
+    for (int row = 0; row < kRows; ++row) {
+      const UnitVec<Format> value = broadcast<Unit>(left[row * kLeftStride + d]);
+      acc[row][0] = multiply_add<Format>(value, right0, acc[row][0]);
+      acc[row][1] = multiply_add<Format>(value, right1, acc[row][1]);
+    }
+  };
+  for (int64_t d = 0; d < depth;) {
+    aside.some();
+    const int64_t end = d + aside.chunk < depth ? d + aside.chunk : depth;
+    for (; d + Aside::kUnrolled <= end; d += Aside::kUnrolled) {
+#pragma GCC unroll 4
+      for (int i = 0; i < Aside::kUnrolled; ++i) step(d + i);
+    }
+    if constexpr (Aside::kUnrolled > 1) {
+      for (; d < end; ++d) step(d);
     }
   }
   if (output.data) return write_rows<Format, Output>(acc, output);
@@ -134,43 +111,59 @@ void multiply_strip(const typename Format::Unit* left, const typename Format::Un
   }
 }
 
-template <typename Format>
+template <typename Format, typename Aside>
 using Strip = void (*)(const typename Format::Unit*, const typename Format::Unit*, int64_t, typename Format::Sum*, bool,
-                       const PanelOutput&, const Fetcher&);
+                       const PanelOutput&, Aside&);
 
-template <typename Format, typename Output, int kRows>
-constexpr Strip<Format> strip_of() {
-  if constexpr (kRows <= kStripRows) return &multiply_strip<Format, Output, kRows>;
-  return nullptr;
-}
+// The strips of 1 to kStripRows rows.
+template <typename Format, typename Output, typename Aside>
+struct Strips {
+  Strip<Format, Aside> of_rows[kStripRows + 1] = {};
 
-template <typename Format, typename Output>
-void multiply(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
-              const PanelOutput& output, const Fetch& wanted) {
-  static constexpr Strip<Format> kStrips[] = {
-      strip_of<Format, Output, 1>(),  strip_of<Format, Output, 2>(),  strip_of<Format, Output, 3>(),
-      strip_of<Format, Output, 4>(),  strip_of<Format, Output, 5>(),  strip_of<Format, Output, 6>(),
-      strip_of<Format, Output, 7>(),  strip_of<Format, Output, 8>(),  strip_of<Format, Output, 9>(),
-      strip_of<Format, Output, 10>(), strip_of<Format, Output, 11>(), strip_of<Format, Output, 12>(),
-      strip_of<Format, Output, 13>(), strip_of<Format, Output, 14>()};
+  constexpr Strips() { fill<kStripRows>(); }
+
+ private:
+  template <int kRows>
+  constexpr void fill() {
+    of_rows[kRows] = &multiply_strip<Format, Output, Aside, kRows>;
+    if constexpr (kRows > 1) fill<kRows - 1>();
+  }
+};
+
+template <typename Format, typename Output, typename Aside>
+void multiply_strips(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
+                     const PanelOutput& output, const Ahead& ahead) {
+  static constexpr Strips<Format, Output, Aside> kStrips = {};
   auto* units = static_cast<const typename Format::Unit*>(left);
   auto* to = static_cast<typename Format::Sum*>(sums);
   PanelOutput out = output;
   out.stream = output.stream && kStreams<Output> && reinterpret_cast<std::uintptr_t>(output.data) % kCacheLine == 0 &&
                output.stride_bytes % kCacheLine == 0;
-  int64_t fetched = 0;
+  int64_t strips = (num_rows + kStripRows - 1) / kStripRows;
+  Aside aside(ahead, strips, depth);
   // Strips of nearly equal height: 64 rows are 13, 13, 13, 13, 12.
-  for (int64_t strips = (num_rows + kStripRows - 1) / kStripRows; strips > 0; --strips) {
+  for (; strips > 0; --strips) {
     const int64_t rows = (num_rows + strips - 1) / strips;
-    const int64_t lines = (wanted.num_lines - fetched + strips - 1) / strips;
-    kStrips[rows - 1](units, static_cast<const typename Format::Unit*>(right), depth, to, first, out,
-                      Fetcher(wanted, fetched, lines));
+    kStrips.of_rows[rows](units, static_cast<const typename Format::Unit*>(right), depth, to, first, out, aside);
     if (out.data) out.data += rows * out.stride_bytes;
     units += rows * kLeftStride;
     to += rows * kPanelCols<Format>;
     num_rows -= rows;
-    fetched += lines;
   }
+  aside.rest();
+}
+
+template <typename Format, typename Output>
+void multiply(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
+              const PanelOutput& output, const Ahead& ahead) {
+  const auto run = [&](auto* strips) { strips(left, right, num_rows, depth, sums, first, output, ahead); };
+#if defined(MOE_BF16_DOT)
+  if constexpr (kPacksAhead<Format>) {
+    if (ahead.right && ahead.inner) return run(&multiply_strips<Format, Output, PackInner<Format>>);
+    if (ahead.right) return run(&multiply_strips<Format, Output, PackOuter<Format>>);
+  }
+#endif
+  run(&multiply_strips<Format, Output, FetchOnly>);
 }
 
 }  // namespace

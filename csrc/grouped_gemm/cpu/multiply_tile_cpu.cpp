@@ -33,7 +33,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // What one thread works in; kept from call to call.
 struct Scratch {
   std::unique_ptr<char, void (*)(void*)> memory{nullptr, &std::free};
-  char *left, *right, *sums;
+  char *left, *right, *next_right, *sums;
   std::vector<const char*> left_lines, right_lines;
 
   Scratch() {
@@ -42,9 +42,9 @@ struct Scratch {
     constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
     constexpr int64_t kSums = kTileRows * kDotStride * kUnit;
     static_assert(4 * kTileCols * kWideRowsBytes <= kSums);
-    memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + kRight + kSums + 4095) / 4096 * 4096)));
+    memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + 2 * kRight + kSums + 4095) / 4096 * 4096)));
     MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
-    left = memory.get(), right = left + kLeft, sums = right + kRight;
+    left = memory.get(), right = left + kLeft, next_right = right + kRight, sums = next_right + kRight;
   }
 
   // Room for the rows of `dot`.
@@ -87,74 +87,127 @@ struct Panels {
   bool completes(int64_t panel) const { return !pair || panel % 2; }
 };
 
+// The right panels that a tile takes one after the other: all panels for one block of the inner dimension, then all for
+// the next.
+class PanelSteps {
+ public:
+  PanelSteps(const Product& product, const Tile& tile, const GemmKernels& kernels, std::vector<const char*>& lines)
+      : panels(Panels{tile.col, tile.cols, product.pair, kernels.panel_cols}),
+        kernels_(kernels),
+        inner_(product.left.cols),
+        lines_are_cols_(!product.right.lines_are_rows),
+        lines_(lines) {
+    lines.clear();
+    if (lines_are_cols_) {
+      for (int64_t panel = 0; panel < panels.count(); ++panel) {
+        add_lines(product.right, panels.source(panel), panels.cols(panel), kernels.element_bytes, lines);
+      }
+    } else {
+      add_lines(product.right, 0, inner_, kernels.element_bytes, lines);
+    }
+    holes_ = product.right.gather.slots != nullptr;
+  }
+
+  // At least one block, so that a product over nothing still gives its zeros.
+  int64_t count() const { return std::max<int64_t>(1, divide_up(inner_, block())) * panels.count(); }
+  int64_t panel(int64_t step) const { return step % panels.count(); }
+  int64_t first(int64_t step) const { return step / panels.count() * block(); }  // of the inner dimension
+  int64_t elements(int64_t step) const { return std::min(block(), inner_ - first(step)); }
+
+  void pack(int64_t step, char* right) const {
+    const int64_t cols = panels.cols(panel(step));
+    if (lines_are_cols_) {
+      kernels_.pack_right_inner(right, lines(step), cols, first(step), elements(step));
+    } else {
+      kernels_.pack_right_outer(right, lines(step), elements(step), panels.source(panel(step)), cols);
+    }
+  }
+
+  // Packs `step` into `right`, if that can be done on the side, and fetches what is packed after it.
+  Ahead ahead(int64_t step, char* right) const {
+    if (!packs_ahead(step)) return {.after = fetch(step)};
+    return {right,           lines(step),    lines_are_cols_ ? first(step) : panels.source(panel(step)), elements(step),
+            lines_are_cols_, fetch(step + 1)};
+  }
+
+  bool packs_ahead(int64_t step) const {
+    if (!kernels_.packs_ahead || step >= count() || panels.cols(panel(step)) < panels.width) return false;
+    return !lines_are_cols_ || (elements(step) % kernels_.vector_elements == 0 && !holes_);
+  }
+
+  const Panels panels;
+
+ private:
+  int64_t block() const { return kDepth * kernels_.elements_per_unit; }
+
+  const char* const* lines(int64_t step) const {
+    if (!lines_are_cols_) return lines_.data() + first(step);
+    // In the order of the panels, of which only the last, or a pair's last two, may be narrower.
+    const int64_t pairs = panels.pair ? 2 : 1, p = panel(step);
+    return lines_.data() + p / pairs * pairs * panels.width + p % pairs * panels.cols(p);
+  }
+
+  Fetch fetch(int64_t step) const {
+    if (step >= count()) return {};
+    const int64_t cols = panels.cols(panel(step)), bytes = kernels_.element_bytes;
+    if (lines_are_cols_) return {lines(step), cols, first(step) * bytes, elements(step) * bytes};
+    return {lines(step), elements(step), panels.source(panel(step)) * bytes, cols * bytes};
+  }
+
+  const GemmKernels& kernels_;
+  int64_t inner_;
+  bool lines_are_cols_, holes_;
+  const std::vector<const char*>& lines_;
+};
+
 // `output` is null, or what `finish` writes: whole panels go there from the registers.
 void multiply_packed(const Product& product, const Tile& tile, const GemmKernels& kernels,
                      const std::function<void(const TileSums&)>& finish, const Output* output, Scratch& scratch) {
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
-  const bool left_inner = product.left.lines_are_rows, right_inner = !product.right.lines_are_rows;
-  const int64_t step = kDepth * kernels.elements_per_unit;
-  const Panels panels = {tile.col, tile.cols, product.pair, kernels.panel_cols};
-  const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes, num_panels = panels.count();
-
-  scratch.left_lines.clear(), scratch.right_lines.clear();
+  const bool left_inner = product.left.lines_are_rows;
+  const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes;
+  scratch.left_lines.clear();
   add_lines(product.left, left_inner ? tile.row : 0, left_inner ? tile.rows : inner, element, scratch.left_lines);
-  for (int64_t panel = 0; right_inner && panel < num_panels; ++panel) {
-    add_lines(product.right, panels.source(panel), panels.cols(panel), element, scratch.right_lines);
-  }
-  if (!right_inner) add_lines(product.right, 0, inner, element, scratch.right_lines);
-  // At least one block, so that a product over nothing still gives its zeros.
-  for (int64_t k = 0; k == 0 || k < inner; k += step) {
-    const int64_t count = std::min(step, inner - k), depth = divide_up(count, kernels.elements_per_unit);
-    const bool last = k + step >= inner;
-    if (left_inner) {
+  const PanelSteps steps(product, tile, kernels, scratch.right_lines);
+  const Panels& panels = steps.panels;
+  const int64_t num_steps = steps.count(), num_panels = panels.count();
+  char *right = scratch.right, *next_right = scratch.next_right;
+  bool packed = false;
+  for (int64_t step = 0; step < num_steps; ++step) {
+    const int64_t panel = steps.panel(step), k = steps.first(step), count = steps.elements(step);
+    const int64_t depth = divide_up(count, kernels.elements_per_unit), cols = panels.cols(panel);
+    const bool first = k == 0, last = step + num_panels >= num_steps;
+    if (panel == 0 && left_inner) {
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
-    } else {
+    } else if (panel == 0) {
       kernels.pack_left_outer(scratch.left, scratch.left_lines.data() + k, count, tile.row, tile.rows);
     }
-    int64_t line = 0;
-    for (int64_t panel = 0; panel < num_panels; ++panel) {
-      const int64_t cols = panels.cols(panel);
-      const bool more = panel + 1 < num_panels;
-      const int64_t next_cols = panels.cols(more ? panel + 1 : 0);
-      // While a panel is multiplied, the next one's weights are fetched; after the last, the first of the next block.
-      Fetch wanted;
-      const char* const* lines = scratch.right_lines.data();
-      const int64_t next_count = std::min(step, inner - k - step);
-      if (right_inner) {
-        kernels.pack_right_inner(scratch.right, lines + line, cols, k, count);
-        line += cols;
-        if (more) wanted = {lines + line, next_cols, k * element, count * element};
-        if (!more && !last) wanted = {lines, next_cols, (k + step) * element, next_count * element};
-      } else {
-        kernels.pack_right_outer(scratch.right, lines + k, count, panels.source(panel), cols);
-        if (more) wanted = {lines + k, count, panels.source(panel + 1) * element, next_cols * element};
-        if (!more && !last) wanted = {lines + k + step, next_count, panels.source(0) * element, next_cols * element};
+    if (!packed) steps.pack(step, right);
+    const Ahead ahead = steps.ahead(step + 1, next_right);
+    packed = ahead.right != nullptr;
+    char* sums = scratch.sums + panel * panel_bytes;
+    if (last && output && cols == kernels.panel_cols) {
+      const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
+      kernels.multiply(scratch.left, right, tile.rows, depth, sums, first,
+                       {output->data + tile.row * stride + col * kernels.output_bytes, stride,
+                        output->bias ? output->bias + col * element : nullptr, output->stream},
+                       ahead);
+    } else if (first && last && !product.pair) {
+      // One block: every strip is finished as it comes, so that writing it overlaps with the next one's arithmetic.
+      for (int64_t row = 0; row < tile.rows; row += kernels.strip_rows) {
+        const int64_t rows = std::min(kernels.strip_rows, tile.rows - row);
+        kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, right, rows, depth, scratch.sums, true,
+                         {}, row == 0 ? ahead : Ahead{});
+        finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
       }
-      if (last && output && cols == kernels.panel_cols) {
-        const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
-        kernels.multiply(scratch.left, scratch.right, tile.rows, depth, scratch.sums + panel * panel_bytes, k == 0,
-                         {output->data + tile.row * stride + col * kernels.output_bytes, stride,
-                          output->bias ? output->bias + col * element : nullptr, output->stream},
-                         wanted);
-        continue;
-      }
-      if (inner <= step && !product.pair) {
-        // One block: every strip is finished as it comes, so that writing it overlaps with the next one's arithmetic.
-        for (int64_t row = 0; row < tile.rows; row += kernels.strip_rows) {
-          const int64_t rows = std::min(kernels.strip_rows, tile.rows - row);
-          kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, scratch.right, rows, depth,
-                           scratch.sums, true, {}, row == 0 ? wanted : Fetch{});
-          finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
-        }
-        continue;
-      }
-      char* sums = scratch.sums + panel * panel_bytes;
-      kernels.multiply(scratch.left, scratch.right, tile.rows, depth, sums, k == 0, {}, wanted);
+    } else {
+      kernels.multiply(scratch.left, right, tile.rows, depth, sums, first, {}, ahead);
       if (last && panels.completes(panel)) {
         finish({tile.row, tile.rows, tile.col + panels.col(panel), cols, product.pair ? sums - panel_bytes : sums,
                 product.pair ? sums : nullptr, kernels.panel_cols});
       }
     }
+    if (packed) std::swap(right, next_right);
   }
 }
 
