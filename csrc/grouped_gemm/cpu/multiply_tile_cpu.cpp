@@ -390,12 +390,14 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
     : rows_(product.left.rows), cols_(product.pair ? product.pair : product.right.cols), row_tiles_(0), col_tiles_(0) {
   const int64_t rows = rows_, cols = cols_;
   if (rows == 0 || cols == 0) return;
-  // Lines that are swept from end to end are best long; a left block of few rows, which every tile packs, is best used
-  // for as many columns as there is room for sums.
+  // Lines that are swept from end to end are best long; a left block, which every tile packs, is best used for as many
+  // columns as there is room for sums, of which a product over one block of the inner dimension needs none.
   const Way way = choose_way(product, kernels);
   const bool swept = way == Way::kAxpy;
   int64_t wider = 1;
+  const bool one_block = !product.pair && product.left.cols <= kDepth * kernels.elements_per_unit;
   if (way == Way::kPacked && rows <= kTileRows / 2) wider = rows * kernels.unit_bytes <= kWideRowsBytes ? 4 : 2;
+  if (way == Way::kPacked && one_block) wider = 8;
   const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
