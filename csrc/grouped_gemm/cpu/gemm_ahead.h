@@ -1,7 +1,7 @@
 // What `multiply` does between the multiply-adds, a few pieces of it at a time: it fetches cache lines, or packs the
-// next right panel. The multiply-adds leave the shuffles' units and most of the load and store ports idle (a Zen 5 does two
-// of each a cycle at once), so packing costs little there; it has to come in pieces that are small beside what a core
-// looks ahead, about 450 instructions, and to get by with few registers, since those of the sums are taken.
+// next right panel. The multiply-adds leave the shuffles' units and most of the load and store ports idle (a Zen 5 does
+// two of each a cycle at once), so packing costs little there; it has to come in pieces that are small beside what a
+// core looks ahead, about 450 instructions, and to get by with few registers, since those of the sums are taken.
 #pragma once
 
 #include "gemm_formats.h"
@@ -94,8 +94,8 @@ struct PackAhead {
 };
 
 // Lines along the inner dimension. A piece is 4 columns x 16 units, transposed in each quarter of a register and
-// written as 16 quarters: 16 columns of one quarter would touch as many lines four times, and lines a power of two apart
-// crowd a set of L1.
+// written as 16 quarters: 16 columns of one quarter would touch as many lines four times, and lines a power of two
+// apart crowd a set of L1.
 template <typename Format>
 struct InnerPieces {
   static constexpr int64_t kQuads = kLanes<Format> / 4;
