@@ -126,8 +126,8 @@ class PanelSteps {
   // Packs `step` into `right`, if that can be done on the side, and fetches what is packed after it.
   Ahead ahead(int64_t step, char* right) const {
     if (!packs_ahead(step)) return {.after = fetch(step)};
-    return {right,           lines(step),    lines_are_cols_ ? first(step) : panels.source(panel(step)), elements(step),
-            lines_are_cols_, fetch(step + 1)};
+    return {right,          lines(step),     lines_are_cols_ ? first(step) : panels.source(panel(step)),
+            elements(step), lines_are_cols_, fetch(step + 1)};
   }
 
   bool packs_ahead(int64_t step) const {
