@@ -96,6 +96,7 @@ class PanelSteps {
         kernels_(kernels),
         inner_(product.left.cols),
         lines_are_cols_(!product.right.lines_are_rows),
+        holes_(product.right.gather.slots != nullptr),
         lines_(lines) {
     lines.clear();
     if (lines_are_cols_) {
@@ -105,7 +106,6 @@ class PanelSteps {
     } else {
       add_lines(product.right, 0, inner_, kernels.element_bytes, lines);
     }
-    holes_ = product.right.gather.slots != nullptr;
   }
 
   // At least one block, so that a product over nothing still gives its zeros.
@@ -156,7 +156,7 @@ class PanelSteps {
 
   const GemmKernels& kernels_;
   int64_t inner_;
-  bool lines_are_cols_, holes_;
+  bool lines_are_cols_, holes_;  // holes: lines may be null
   const std::vector<const char*>& lines_;
 };
 
