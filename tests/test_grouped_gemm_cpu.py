@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -49,17 +51,20 @@ def test_long_rows(activation, dtype):
         torch.set_num_threads(threads)
 
 
+def small_integers(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Makes tensors of given shapes; sums of their products are exact: rounded once, every bit is known."""
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape: torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+
 # Numbers of rows differ in how many are multiplied at once, in the depth of a block, in who fetches what ahead.
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("in_features", [40, 1100])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_small_number_of_rows(layout, in_features, dtype):
-    """Small integers, whose sums are exact: rounded once, every bit is known."""
-    counts = torch.arange(35)
+    counts, integers = torch.arange(35), small_integers(dtype)
     offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
-    integers = torch.Generator().manual_seed(7)
-    rows = torch.randint(-2, 3, (int(offsets[-1]), in_features), generator=integers).to(dtype)
-    weight = torch.randint(-2, 3, (len(counts), 45, in_features), generator=integers).to(dtype)
+    rows, weight = integers(int(offsets[-1]), in_features), integers(len(counts), 45, in_features)
     groups = rows.double().split(counts.tolist())
     expected = torch.cat([group @ matrix.double().T for group, matrix in zip(groups, weight, strict=True)]).to(dtype)
     if layout == "ekn":
@@ -73,28 +78,21 @@ def test_every_small_number_of_rows(layout, in_features, dtype):
 @pytest.mark.parametrize("in_features", [96, 1088, 1101])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_panels_one_after_the_other(layout, in_features, dtype):
-    """Small integers again, of more rows: each panel is packed while the one before it is multiplied."""
-    counts, generator = [33, 0, 61, 130], torch.Generator().manual_seed(7)
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    num_rows = sum(counts)
-
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
-
+    """Each panel is packed while the one before it is multiplied."""
+    counts, integers = [33, 0, 61, 130], small_integers(dtype)
+    offsets, num_rows = torch.tensor([0, *counts]).cumsum(0).int(), sum(counts)
     tokens, grad = integers(num_rows, in_features), integers(num_rows, 141)
     weight = integers(len(counts), 141, in_features)
-    slots = torch.randperm(num_rows, generator=generator).int()
-    slots[7::11] = num_rows  # rows of no slot
-    back = torch.full((num_rows,), -1, dtype=torch.int32)
-    for row, slot in enumerate(slots.tolist()):
-        if slot < num_rows:
-            back[slot] = row
-    rows = torch.where((slots < num_rows)[:, None], tokens[slots.clamp(max=num_rows - 1).long()], 0).double()
+    slots = torch.randperm(num_rows, generator=torch.Generator().manual_seed(8))
+    held = torch.arange(num_rows) % 11 != 7
+    rows = torch.where(held[:, None], tokens[slots], 0).double()
+    slot_to_row = torch.full((num_rows,), -1).scatter(0, slots[held], torch.arange(num_rows)[held]).int()
+    slots = torch.where(held, slots, num_rows).int()
     products = [a @ b.double().T for a, b in zip(rows.split(counts), weight, strict=True)]
     wgrads = torch.stack([b.double().T @ a for a, b in zip(rows.split(counts), grad.split(counts), strict=True)])
     if layout == "ekn":
         weight, wgrads = weight.transpose(1, 2).contiguous(), wgrads.transpose(1, 2)
-    settings = {"weight_layout": layout, "gather": (slots, back, 1)}
+    settings = {"weight_layout": layout, "gather": (slots, slot_to_row, 1)}
     assert torch.equal(moe_ext.grouped_gemm(tokens, weight, offsets, **settings), torch.cat(products).to(dtype))
     assert torch.equal(moe_ext.grouped_gemm_wgrad(tokens, grad, offsets, **settings), wgrads.to(dtype))
 

@@ -247,27 +247,26 @@ class Chosen {
   using acc_t = accumulate_t<scalar_t>;
 
   Chosen(const LowRankShape& shape, const Tensor& topk_ids, const Tensor& topk_weights)
-      : shape_(shape),
-        ids_(torch::stable::contiguous(topk_ids)),
+      : experts_(shape.num_tokens * shape.topk),
         weights_holder_(torch::stable::contiguous(topk_weights)),
-        narrow_(ids_.scalar_type() == ScalarType::Int ? ids_.const_data_ptr<int32_t>() : nullptr),
-        wide_(ids_.scalar_type() == ScalarType::Long ? ids_.const_data_ptr<int64_t>() : nullptr),
-        weights_(weights_holder_.template const_data_ptr<acc_t>()) {}
+        weights_(weights_holder_.template const_data_ptr<acc_t>()) {
+    const Tensor ids = torch::stable::contiguous(topk_ids);
+    dispatch_index(ids.scalar_type(), "topk_ids", [&](auto tag) {
+      using index_t = typename decltype(tag)::type;
+      const auto* id = ids.const_data_ptr<index_t>();
+      for (size_t slot = 0; slot < experts_.size(); ++slot) {
+        experts_[slot] = id[slot] >= 0 && id[slot] < shape.num_experts ? static_cast<int32_t>(id[slot]) : -1;
+      }
+    });
+  }
 
   acc_t weight(int64_t slot) const { return weights_[slot]; }
   bool held(int64_t slot) const { return expert(slot) >= 0; }
-
-  // -1 for an id outside [0, num_experts)
-  int64_t expert(int64_t slot) const {
-    const int64_t id = narrow_ ? narrow_[slot] : wide_[slot];
-    return id >= 0 && id < shape_.num_experts ? id : -1;
-  }
+  int64_t expert(int64_t slot) const { return experts_[slot]; }  // -1 for an id outside [0, num_experts)
 
  private:
-  LowRankShape shape_;
-  Tensor ids_, weights_holder_;
-  const int32_t* narrow_;  // the ids, in one of the two types
-  const int64_t* wide_;
+  std::vector<int32_t> experts_;
+  Tensor weights_holder_;
   const acc_t* weights_;
 };
 

@@ -140,8 +140,8 @@ struct InnerPieces {
   Fetcher fetcher;
 };
 
-// Lines across the inner dimension. A piece is a step, a pair of them. They are fetched only some steps
-// ahead: the lines of a whole panel, a power of two apart, would crowd some sets of L2.
+// Lines across the inner dimension. A piece is a step, a pair of them. They are fetched only some steps ahead: the
+// lines of a whole panel, a power of two apart, would crowd some sets of L2.
 template <typename Format>
 struct OuterPieces {
   static constexpr int64_t kLinesAhead = 128;
