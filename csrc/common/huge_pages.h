@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 
 #include "checks.h"
 
@@ -101,6 +102,14 @@ class LargeBuffers {
   std::atomic<size_t> in_use_ = 0;
 };
 
+// Freed by std::free. Null: no memory.
+inline void* allocate_on_huge_pages(size_t bytes) {
+  bytes = (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  void* const data = std::aligned_alloc(kHugePageBytes, bytes);
+  if (data) madvise(data, bytes, MADV_HUGEPAGE);  // a wish
+  return data;
+}
+
 inline size_t bytes_of_element(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte: return 1;
@@ -110,6 +119,10 @@ inline size_t bytes_of_element(ScalarType dtype) {
     default: return 4;
   }
 }
+
+#else
+
+inline void* allocate_on_huge_pages(size_t bytes) { return std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096); }
 
 #endif
 

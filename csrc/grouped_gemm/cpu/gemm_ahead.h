@@ -65,11 +65,12 @@ struct FetchOnly {
   int64_t lines_at_once;
 };
 
-// Pairs of bfloat16. Float32 panels take twice the arithmetic for the same bytes: there is less to hide.
+#if defined(__AVX512F__)
+// Units of 32 bits that lie in memory as they are packed.
 template <typename Format>
-constexpr bool kPacksAhead = Format::kPerUnit == 2;
+constexpr bool kPacksAhead =
+    sizeof(typename Format::Unit) == 4 && sizeof(typename Format::Element) * Format::kPerUnit == 4;
 
-#if defined(MOE_BF16_DOT)
 // One piece at a time, without a loop: several in a row are more than a core looks ahead.
 template <typename Pieces>
 struct PackAhead {
@@ -113,15 +114,14 @@ struct InnerPieces {
     const int64_t offset = ahead.first * static_cast<int64_t>(sizeof(typename Format::Element)) + block * kCacheLine;
     float* to = static_cast<float*>(ahead.right) + block * kLanes<Format> * kPanelCols<Format> + col;
     const auto load = [&](int i) { return _mm512_loadu_ps(cols[i] + offset); };
-    const __m512 a = load(0), b = load(1), c = load(2), d = load(3);
-    const auto low_ab = reinterpret_cast<__m512d>(_mm512_unpacklo_ps(a, b));
-    const auto high_ab = reinterpret_cast<__m512d>(_mm512_unpackhi_ps(a, b));
-    const auto low_cd = reinterpret_cast<__m512d>(_mm512_unpacklo_ps(c, d));
-    const auto high_cd = reinterpret_cast<__m512d>(_mm512_unpackhi_ps(c, d));
-    store_quarters(to, _mm512_unpacklo_pd(low_ab, low_cd));
-    store_quarters(to + kPanelCols<Format>, _mm512_unpackhi_pd(low_ab, low_cd));
-    store_quarters(to + 2 * kPanelCols<Format>, _mm512_unpacklo_pd(high_ab, high_cd));
-    store_quarters(to + 3 * kPanelCols<Format>, _mm512_unpackhi_pd(high_ab, high_cd));
+    const auto join = [](__m512 ab, __m512 cd, float* to) __attribute__((always_inline)) {
+      const auto pairs_ab = reinterpret_cast<__m512d>(ab), pairs_cd = reinterpret_cast<__m512d>(cd);
+      store_quarters(to, _mm512_unpacklo_pd(pairs_ab, pairs_cd));
+      store_quarters(to + kPanelCols<Format>, _mm512_unpackhi_pd(pairs_ab, pairs_cd));
+    };
+    // Loaded twice rather than kept: three registers are enough.
+    join(_mm512_unpacklo_ps(load(0), load(1)), _mm512_unpacklo_ps(load(2), load(3)), to);
+    join(_mm512_unpackhi_ps(load(0), load(1)), _mm512_unpackhi_ps(load(2), load(3)), to + 2 * kPanelCols<Format>);
     fetcher.fetch_four();  // as much as a piece reads
   }
 
@@ -140,34 +140,37 @@ struct InnerPieces {
   Fetcher fetcher;
 };
 
-// Lines across the inner dimension. A piece is a step, a pair of them. They are fetched only some steps ahead: the
-// lines of a whole panel, a power of two apart, would crowd some sets of L2.
+// Lines across the inner dimension. A piece is a step: a line, or a pair of them. They are fetched only some steps
+// ahead: the lines of a whole panel, a power of two apart, would crowd some sets of L2.
 template <typename Format>
 struct OuterPieces {
-  static constexpr int64_t kLinesAhead = 128;
+  static constexpr int64_t kLinesAhead = 128, kLines = Format::kPerUnit;
   static constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
 
   explicit OuterPieces(const Ahead& ahead) : ahead(ahead) {}
 
-  int64_t count() const { return (ahead.count + 1) / 2; }
+  int64_t count() const { return (ahead.count + kLines - 1) / kLines; }
 
   MOE_INLINE void pack(int64_t piece) {
-    const char* const lines[] = {columns(2 * piece), columns(2 * piece + 1)};
+    const char* lines[kLines];
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kLines; ++i) lines[i] = columns(kLines * piece + i);
     UnitVec<Format> units[2];
-    load_block_across<Format>(lines, 2, 0, 0, units);
+    load_block_across<Format>(lines, kLines, 0, 0, units);
+    if constexpr (kLines == 1) load_block_across<Format>(lines, kLines, 0, kLanes<Format>, units + 1);
     auto* to = static_cast<typename Format::Unit*>(ahead.right) + piece * kPanelCols<Format>;
     Simd<typename Format::Unit>::store(to, units[0]);
     Simd<typename Format::Unit>::store(to + kLanes<Format>, units[1]);
-    fetch(2 * piece + kLinesAhead);
-    fetch(2 * piece + 1 + kLinesAhead);
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < kLines; ++i) fetch(kLines * piece + i + kLinesAhead);
   }
 
  private:
-  static_assert(kPanelCols<Format> * kBytes == kCacheLine);
+  static constexpr int64_t kPanelBytes = kPanelCols<Format> * kBytes;
 
   // A panel's columns of a line; zeros where there is none.
   MOE_INLINE const char* columns(int64_t line) const {
-    alignas(64) static constexpr char kZeros[kCacheLine] = {};
+    alignas(64) static constexpr char kZeros[kPanelBytes] = {};
     const char* from = line < ahead.count ? ahead.lines[line] : nullptr;
     return from ? from + ahead.first * kBytes : kZeros;
   }
@@ -175,8 +178,10 @@ struct OuterPieces {
   MOE_INLINE void fetch(int64_t line) const {
     const int64_t later = line - ahead.count;
     if (later >= ahead.after.num_lines) return;
-    __builtin_prefetch(
-        later < 0 ? ahead.lines[line] + ahead.first * kBytes : ahead.after.lines[later] + ahead.after.first_byte, 0, 2);
+    const char* from =
+        later < 0 ? ahead.lines[line] + ahead.first * kBytes : ahead.after.lines[later] + ahead.after.first_byte;
+#pragma GCC unroll 2
+    for (int64_t byte = 0; byte < kPanelBytes; byte += kCacheLine) __builtin_prefetch(from + byte, 0, 2);
   }
 
   const Ahead& ahead;
@@ -186,6 +191,9 @@ template <typename Format>
 using PackInner = PackAhead<InnerPieces<Format>>;
 template <typename Format>
 using PackOuter = PackAhead<OuterPieces<Format>>;
+#else
+template <typename Format>
+constexpr bool kPacksAhead = false;
 #endif
 
 }  // namespace

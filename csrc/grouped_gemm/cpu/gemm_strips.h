@@ -157,7 +157,7 @@ template <typename Format, typename Output>
 void multiply(const void* left, const void* right, int64_t num_rows, int64_t depth, void* sums, bool first,
               const PanelOutput& output, const Ahead& ahead) {
   const auto run = [&](auto* strips) { strips(left, right, num_rows, depth, sums, first, output, ahead); };
-#if defined(MOE_BF16_DOT)
+#if defined(__AVX512F__)
   if constexpr (kPacksAhead<Format>) {
     if (ahead.right && ahead.inner) return run(&multiply_strips<Format, Output, PackInner<Format>>);
     if (ahead.right) return run(&multiply_strips<Format, Output, PackOuter<Format>>);

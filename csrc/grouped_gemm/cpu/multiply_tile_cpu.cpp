@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../../common/huge_pages.h"
 #include "../../common/stream_rows.h"
 
 #ifdef __x86_64__
@@ -24,13 +25,20 @@ constexpr int64_t kTilesPerThread = 8;
 // Bytes of a line that is swept, or of a half with a pair. Shorter pieces are read at two thirds of the rate: what the
 // hardware fetches past their ends is lost. Only a thread without a tile is worth that.
 constexpr int64_t kShortestSweep = 2048;
+// Lines along the inner dimension are packed on the side where that many strips of rows pass over a panel: beside fewer
+// there is too little arithmetic.
+constexpr int64_t kStripsToPackAhead = 3;
 // Up to so many sums of a column a tile is four times as wide.
 constexpr int64_t kWideRowsBytes = 96 * 4;
 constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to row
+constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
+                                              // that they crowd a set of L1
+constexpr int64_t kDotRowsRoom = 32;          // units between packed rows, which are then not a power of two apart
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What one thread works in; kept from call to call.
+// What one thread works in; kept from call to call. On a huge page: L2 is indexed by physical addresses, so that blocks
+// on small pages crowd some of its sets.
 struct Scratch {
   std::unique_ptr<char, void (*)(void*)> memory{nullptr, &std::free};
   char *left, *right, *next_right, *sums;
@@ -42,24 +50,11 @@ struct Scratch {
     constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
     constexpr int64_t kSums = kTileRows * kDotStride * kUnit;
     static_assert(4 * kTileCols * kWideRowsBytes <= kSums);
-    memory.reset(static_cast<char*>(std::aligned_alloc(4096, (kLeft + 2 * kRight + kSums + 4095) / 4096 * 4096)));
+    static_assert(kDotRowsBytes + kTileRows * (64 + kDotRowsRoom * kUnit) <= kLeft);
+    memory.reset(static_cast<char*>(allocate_on_huge_pages(kLeft + 2 * kRight + kSums)));
     MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
     left = memory.get(), right = left + kLeft, next_right = right + kRight, sums = next_right + kRight;
   }
-
-  // Room for the rows of `dot`.
-  char* rows(int64_t bytes) {
-    if (bytes > rows_bytes) {
-      rows_bytes = divide_up(bytes, 4096) * 4096;
-      rows_memory.reset(static_cast<char*>(std::aligned_alloc(4096, rows_bytes)));
-      MOE_CHECK(rows_memory, "grouped_gemm: out of memory for the scratch space of a thread");
-    }
-    return rows_memory.get();
-  }
-
- private:
-  std::unique_ptr<char, void (*)(void*)> rows_memory{nullptr, &std::free};
-  int64_t rows_bytes = 0;
 };
 
 // Appends pointers to the start of lines [first, first + count) of `matrix`.
@@ -87,14 +82,31 @@ struct Panels {
   bool completes(int64_t panel) const { return !pair || panel % 2; }
 };
 
-// The right panels that a tile takes one after the other: all panels for one block of the inner dimension, then all for
-// the next.
+// Blocks of the inner dimension; at least one, so that a product over nothing still gives its zeros.
+int64_t num_blocks(const Product& product, const GemmKernels& kernels) {
+  return std::max<int64_t>(1, divide_up(product.left.cols, kDepth * kernels.elements_per_unit));
+}
+
+// Whether all blocks of a tile's left rows lie packed side by side.
+bool left_stays(const Product& product, int64_t rows, const GemmKernels& kernels) {
+  constexpr int64_t kUnit = sizeof(double);
+  return rows * num_blocks(product, kernels) * kernels.unit_bytes <= kTileRows * kUnit;
+}
+
+// The right panels that a tile takes one after the other. If the left rows stay, all blocks of the inner dimension of
+// one panel, then those of the next: its sums stay in L1, and lines along the inner dimension are used from end to end.
+// Else all panels for one block, then all for the next.
 class PanelSteps {
  public:
-  PanelSteps(const Product& product, const Tile& tile, const GemmKernels& kernels, std::vector<const char*>& lines)
+  PanelSteps(const Product& product, const Tile& tile, const GemmKernels& kernels, bool left_stays,
+             std::vector<const char*>& lines)
       : panels(Panels{tile.col, tile.cols, product.pair, kernels.panel_cols}),
         kernels_(kernels),
         inner_(product.left.cols),
+        num_panels_(panels.count()),
+        num_blocks_(num_blocks(product, kernels)),
+        left_stays_(left_stays),
+        packs_inner_ahead_(kernels.packs_ahead && tile.rows > kStripsToPackAhead * kernels.strip_rows),
         lines_are_cols_(!product.right.lines_are_rows),
         holes_(product.right.gather.slots != nullptr),
         lines_(lines) {
@@ -108,11 +120,12 @@ class PanelSteps {
     }
   }
 
-  // At least one block, so that a product over nothing still gives its zeros.
-  int64_t count() const { return std::max<int64_t>(1, divide_up(inner_, block())) * panels.count(); }
-  int64_t panel(int64_t step) const { return step % panels.count(); }
-  int64_t first(int64_t step) const { return step / panels.count() * block(); }  // of the inner dimension
-  int64_t elements(int64_t step) const { return std::min(block(), inner_ - first(step)); }
+  int64_t count() const { return num_blocks_ * num_panels_; }
+  int64_t panel(int64_t step) const { return left_stays_ ? step / num_blocks_ : step % num_panels_; }
+  int64_t block(int64_t step) const { return left_stays_ ? step % num_blocks_ : step / num_panels_; }
+  bool last_block(int64_t step) const { return block(step) == num_blocks_ - 1; }
+  int64_t first(int64_t step) const { return block(step) * block_elements(); }  // of the inner dimension
+  int64_t elements(int64_t step) const { return std::min(block_elements(), inner_ - first(step)); }
 
   void pack(int64_t step, char* right) const {
     const int64_t cols = panels.cols(panel(step));
@@ -132,13 +145,13 @@ class PanelSteps {
 
   bool packs_ahead(int64_t step) const {
     if (!kernels_.packs_ahead || step >= count() || panels.cols(panel(step)) < panels.width) return false;
-    return !lines_are_cols_ || (elements(step) % kernels_.vector_elements == 0 && !holes_);
+    return !lines_are_cols_ || (packs_inner_ahead_ && elements(step) % kernels_.vector_elements == 0 && !holes_);
   }
 
   const Panels panels;
 
  private:
-  int64_t block() const { return kDepth * kernels_.elements_per_unit; }
+  int64_t block_elements() const { return kDepth * kernels_.elements_per_unit; }
 
   const char* const* lines(int64_t step) const {
     if (!lines_are_cols_) return lines_.data() + first(step);
@@ -148,14 +161,23 @@ class PanelSteps {
   }
 
   Fetch fetch(int64_t step) const {
+    const int64_t bytes = kernels_.element_bytes;
+    if (left_stays_ && lines_are_cols_ && packs_inner_ahead_) {
+      // Lines of the panel after that of the step before, from end to end: memory answers soonest so.
+      const int64_t p = panel(step - 1) + 1, b = block(step - 1);
+      if (p >= num_panels_) return {};
+      const int64_t cols = panels.cols(p), from = cols * b / num_blocks_, to = cols * (b + 1) / num_blocks_;
+      return {lines(p * num_blocks_) + from, to - from, 0, inner_ * bytes};
+    }
     if (step >= count()) return {};
-    const int64_t cols = panels.cols(panel(step)), bytes = kernels_.element_bytes;
+    const int64_t cols = panels.cols(panel(step));
     if (lines_are_cols_) return {lines(step), cols, first(step) * bytes, elements(step) * bytes};
     return {lines(step), elements(step), panels.source(panel(step)) * bytes, cols * bytes};
   }
 
   const GemmKernels& kernels_;
-  int64_t inner_;
+  int64_t inner_, num_panels_, num_blocks_;
+  bool left_stays_, packs_inner_ahead_;
   bool lines_are_cols_, holes_;  // holes: lines may be null
   const std::vector<const char*>& lines_;
 };
@@ -168,27 +190,29 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   const int64_t panel_bytes = tile.rows * kernels.panel_cols * kernels.unit_bytes;
   scratch.left_lines.clear();
   add_lines(product.left, left_inner ? tile.row : 0, left_inner ? tile.rows : inner, element, scratch.left_lines);
-  const PanelSteps steps(product, tile, kernels, scratch.right_lines);
+  const bool stays = left_stays(product, tile.rows, kernels);
+  const PanelSteps steps(product, tile, kernels, stays, scratch.right_lines);
   const Panels& panels = steps.panels;
-  const int64_t num_steps = steps.count(), num_panels = panels.count();
+  const int64_t num_steps = steps.count(), left_bytes = tile.rows * kLeftStride * kernels.unit_bytes;
   char *right = scratch.right, *next_right = scratch.next_right;
   bool packed = false;
   for (int64_t step = 0; step < num_steps; ++step) {
     const int64_t panel = steps.panel(step), k = steps.first(step), count = steps.elements(step);
     const int64_t depth = divide_up(count, kernels.elements_per_unit), cols = panels.cols(panel);
-    const bool first = k == 0, last = step + num_panels >= num_steps;
+    const bool first = k == 0, last = steps.last_block(step);
+    char* left = scratch.left + (stays ? steps.block(step) * left_bytes : 0);
     if (panel == 0 && left_inner) {
-      kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
+      kernels.pack_left_inner(left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
     } else if (panel == 0) {
-      kernels.pack_left_outer(scratch.left, scratch.left_lines.data() + k, count, tile.row, tile.rows);
+      kernels.pack_left_outer(left, scratch.left_lines.data() + k, count, tile.row, tile.rows);
     }
     if (!packed) steps.pack(step, right);
     const Ahead ahead = steps.ahead(step + 1, next_right);
     packed = ahead.right != nullptr;
-    char* sums = scratch.sums + panel * panel_bytes;
+    char* sums = scratch.sums + (stays ? panel % 2 : panel) * panel_bytes;
     if (last && output && cols == kernels.panel_cols) {
       const int64_t col = panels.source(panel), stride = product.right.cols * kernels.output_bytes;
-      kernels.multiply(scratch.left, right, tile.rows, depth, sums, first,
+      kernels.multiply(left, right, tile.rows, depth, sums, first,
                        {output->data + tile.row * stride + col * kernels.output_bytes, stride,
                         output->bias ? output->bias + col * element : nullptr, output->stream},
                        ahead);
@@ -196,12 +220,12 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
       // One block: every strip is finished as it comes, so that writing it overlaps with the next one's arithmetic.
       for (int64_t row = 0; row < tile.rows; row += kernels.strip_rows) {
         const int64_t rows = std::min(kernels.strip_rows, tile.rows - row);
-        kernels.multiply(scratch.left + row * kLeftStride * kernels.unit_bytes, right, rows, depth, scratch.sums, true,
-                         {}, row == 0 ? ahead : Ahead{});
+        kernels.multiply(left + row * kLeftStride * kernels.unit_bytes, right, rows, depth, scratch.sums, true, {},
+                         row == 0 ? ahead : Ahead{});
         finish({tile.row + row, rows, panels.source(panel), cols, scratch.sums, nullptr, kernels.panel_cols});
       }
     } else {
-      kernels.multiply(scratch.left, right, tile.rows, depth, sums, first, {}, ahead);
+      kernels.multiply(left, right, tile.rows, depth, sums, first, {}, ahead);
       if (last && panels.completes(panel)) {
         finish({tile.row, tile.rows, tile.col + panels.col(panel), cols, product.pair ? sums - panel_bytes : sums,
                 product.pair ? sums : nullptr, kernels.panel_cols});
@@ -212,9 +236,6 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
 }
 
 constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
-constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
-                                              // that they crowd a set of L1
-static_assert(kDotRowsBytes + 4 * kTileRows * kDotStride < 1 << 20);
 constexpr int64_t kDotLineBytes = 2048;  // of a packed row, where 5 to 32 of them and six columns shall stay in L1
 
 // How a product is computed: by all of it, so that how it is cut changes no bit.
@@ -275,9 +296,8 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
     }
     const char* const* cols = scratch.right_lines.data();
     const int64_t depth = dot_depth(product, kernels);
-    // Rows are not a power of two apart.
-    const int64_t row_stride = depth / kernels.elements_per_unit + 32;
-    char* rows = scratch.rows(tile.rows * row_stride * kernels.unit_bytes);
+    const int64_t row_stride = depth / kernels.elements_per_unit + kDotRowsRoom;
+    char* rows = scratch.left;
     for (int64_t k = 0; k == 0 || k < inner; k += depth) {
       const int64_t count = std::min(depth, inner - k);
       kernels.pack_left_inner(rows, row_stride, scratch.left_lines.data(), tile.rows, k, count);
@@ -395,9 +415,8 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const Way way = choose_way(product, kernels);
   const bool swept = way == Way::kAxpy;
   int64_t wider = 1;
-  const bool one_block = !product.pair && product.left.cols <= kDepth * kernels.elements_per_unit;
   if (way == Way::kPacked && rows <= kTileRows / 2) wider = rows * kernels.unit_bytes <= kWideRowsBytes ? 4 : 2;
-  if (way == Way::kPacked && one_block) wider = 8;
+  if (way == Way::kPacked && left_stays(product, std::min(rows, kTileRows), kernels)) wider = 8;
   const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
