@@ -63,6 +63,22 @@ def test_activation_checkpointing(variant, device):
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_without_gradients_of_every_op(name, device):
+    call = make_call(name, 10, device)
+    expected = call.run(*call.inputs)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    with torch.no_grad():
+        actual = call.run(*call.inputs)
+        mapped = vmap(call.run)(*(x.unsqueeze(0) for x in call.inputs))
+    actual, mapped = (x if isinstance(x, tuple) else (x,) for x in (actual, mapped))
+    assert_equal(actual, expected)
+    assert_equal((x[0] for x in mapped), expected)
+    assert not any(x.requires_grad for x in actual)
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        call.run(*(forward_ad.make_dual(x, x) if x.is_floating_point() else x for x in call.inputs))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_reverse_transforms_of_every_op(name, device):
     """torch.func.grad equals autograd; forward mode says that there is none, where torch alone would return zeros."""
     call = make_call(name, 9, device)

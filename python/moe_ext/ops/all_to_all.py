@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
-from moe_ext.ops.autograd import register_autograd
+from moe_ext.ops.autograd import call, register_autograd
 from moe_ext.ops.permutation import permute, unpermute
 from moe_ext.packed_row import PackedRow, Payload
 from moe_ext.plan_types import A2APlan, RoutingPlan
@@ -70,7 +70,8 @@ def a2a_pack(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, plan: A2APl
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    send_hidden, send_ids, send_weights = _ops.a2a_pack(
+    send_hidden, send_ids, send_weights = call(
+        _ops.a2a_pack,
         hidden, topk_ids, topk_weights, plan.rank_expert_offsets, plan.send_offsets, plan.send_to_slot,
         plan.slot_to_send,
     )  # fmt: skip
@@ -95,7 +96,7 @@ def a2a_unpack(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    rows, *plan = _ops.a2a_unpack(recv_hidden, recv_ids, num_local_experts, row_alignment)
+    rows, *plan = call(_ops.a2a_unpack, recv_hidden, recv_ids, num_local_experts, row_alignment)
     return rows, RoutingPlan(*plan)
 
 
@@ -112,7 +113,7 @@ def a2a_combine(recv_rows: Tensor, plan: A2APlan) -> Tensor:
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    combined: Tensor = _ops.a2a_combine(recv_rows, plan.send_to_slot, plan.slot_to_send, plan.slots_per_token)
+    combined: Tensor = call(_ops.a2a_combine, recv_rows, plan.send_to_slot, plan.slot_to_send, plan.slots_per_token)
     return combined
 
 

@@ -60,6 +60,19 @@ def register_autograd(name: str, backward: Callable[..., Any], *, setup_context:
     _fragment.impl(op._opname, kernel, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
+def call(op: Callable[..., Any], *arguments: Any) -> Any:
+    """The op. Without gradients and transforms not by way of its autograd kernel, which is Python and takes 4 us."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
 def _refuse_tangents(name: str, tensors: list[Tensor]) -> None:
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
         raise NotImplementedError(

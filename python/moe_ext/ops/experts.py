@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
 from moe_ext.ops.autocast import cast_for_product
-from moe_ext.ops.autograd import register_autograd
+from moe_ext.ops.autograd import call, register_autograd
 from moe_ext.plan_types import RoutingPlan
 
 _ops = torch.ops.moe_ext
@@ -47,8 +47,8 @@ def expert_activation(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or name; the message names it.
     """
-    activated: Tensor = _ops.expert_activation(
-        pre_activation, activation, gate_up_layout, activation_alpha, activation_limit
+    activated: Tensor = call(
+        _ops.expert_activation, pre_activation, activation, gate_up_layout, activation_alpha, activation_limit
     )
     return activated
 
@@ -114,7 +114,8 @@ def moe_mlp(
     gate_up_bias, down_bias = cast_for_product(gate_up_bias), cast_for_product(down_bias)
     arguments = (input, gate_up_weight, down_weight, topk_weights, gate_up_bias, down_bias)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
-    output: Tensor = _ops.moe_mlp(
+    output: Tensor = call(
+        _ops.moe_mlp,
         input,
         gate_up_weight,
         down_weight,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
-from moe_ext.ops.autograd import register_autograd
+from moe_ext.ops.autograd import call, register_autograd
 
 _ops = torch.ops.moe_ext
 
@@ -134,11 +134,12 @@ def topk_gating(
     tensors = (forced_ids, keep_tokens, external_weights, zero_weight_experts, expert_gain)
     plain = first_rank == 0 and top_p is None and min_ratio is None and not return_next_logit
     if plain and weight_source == "scores" and all(tensor is None for tensor in tensors):
-        weights, ids = _ops.topk_gating(*options)
+        weights, ids = call(_ops.topk_gating, *options)
         return weights, ids
     if expert_gain is not None:
         expert_gain = expert_gain.detach()
-    weights, ids, next_logit, _ = _ops.topk_gating_general(
+    weights, ids, next_logit, _ = call(
+        _ops.topk_gating_general,
         *options, first_rank, forced_ids, top_p, min_ratio, keep_tokens, weight_source, external_weights,
         zero_weight_experts, expert_gain, return_next_logit,
     )  # fmt: skip
@@ -186,8 +187,8 @@ def router_losses(
     """
     if expert_weights is not None:
         expert_weights = expert_weights.detach()
-    balance_loss, z_loss, loads, _ = _ops.router_losses(
-        logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences
+    balance_loss, z_loss, loads, _ = call(
+        _ops.router_losses, logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences
     )
     return balance_loss, z_loss, loads[0] if num_sequences == 1 else loads.sum(0, dtype=torch.int32)
 
@@ -212,7 +213,7 @@ def expert_choice_gating(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, range or device; the message names it.
     """
-    weights, ids = _ops.expert_choice_gating(logits, capacity, score_function)
+    weights, ids = call(_ops.expert_choice_gating, logits, capacity, score_function)
     return weights, ids
 
 

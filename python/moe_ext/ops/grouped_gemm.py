@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.activation_names import activated_width
 from moe_ext.ops.autocast import cast_for_product
-from moe_ext.ops.autograd import register_autograd
+from moe_ext.ops.autograd import call, register_autograd
 from moe_ext.ops.permutation import unpermute
 
 _ops = torch.ops.moe_ext
@@ -68,7 +68,8 @@ def grouped_gemm(
     input, weight, bias = cast_for_product(input), cast_for_product(weight), cast_for_product(bias)
     arguments = (input, weight, bias)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
-    output: Tensor = _ops.grouped_gemm(
+    output: Tensor = call(
+        _ops.grouped_gemm,
         input,
         weight,
         expert_offsets,
@@ -116,7 +117,8 @@ def grouped_gemm_wgrad(
         RuntimeError: an argument has the wrong dtype, number of axes, size, device or name; the message names it.
     """
     permuted_to_slot, slot_to_permuted, topk = gather or (None, None, 1)
-    grad_weight: Tensor = _ops.grouped_gemm_wgrad(
+    grad_weight: Tensor = call(
+        _ops.grouped_gemm_wgrad,
         input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted, topk, out_dtype,
         trainable_experts,
     )  # fmt: skip
@@ -138,7 +140,7 @@ def grouped_bias_grad(grad_output: Tensor, expert_offsets: Tensor, *, out_dtype:
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    grad_bias: Tensor = _ops.grouped_bias_grad(grad_output, expert_offsets, out_dtype)
+    grad_bias: Tensor = call(_ops.grouped_bias_grad, grad_output, expert_offsets, out_dtype)
     return grad_bias
 
 
@@ -230,9 +232,9 @@ def _grouped_gemm_backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tens
         rows = _multiply(grad, weight, expert_offsets, _transposed(ctx.weight_layout))
         grads[0] = rows if permuted_to_slot is None else unpermute(rows, *maps)
     if ctx.needs_input_grad[1]:
-        grads[1] = _ops.grouped_gemm_wgrad(input, grad, expert_offsets, ctx.weight_layout, *maps, None, None)
+        grads[1] = call(_ops.grouped_gemm_wgrad, input, grad, expert_offsets, ctx.weight_layout, *maps, None, None)
     if ctx.needs_input_grad[4]:
-        grads[4] = _ops.grouped_bias_grad(grad, expert_offsets, None)
+        grads[4] = call(_ops.grouped_bias_grad, grad, expert_offsets, None)
     return tuple(grads)
 
 

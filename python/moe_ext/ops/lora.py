@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
 from moe_ext.ops.autocast import cast_for_product
-from moe_ext.ops.autograd import register_autograd
+from moe_ext.ops.autograd import call, register_autograd
 from moe_ext.ops.plan import routing_plan
 
 _ops = torch.ops.moe_ext
@@ -44,7 +44,7 @@ def low_rank_experts(input: Tensor, lora_a: Tensor, lora_b: Tensor, topk_ids: Te
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
     input, lora_a, lora_b = (cast_for_product(x) for x in (input, lora_a, lora_b))
-    output: Tensor = _ops.low_rank_experts(input, lora_a, lora_b, topk_ids, topk_weights)[0]
+    output: Tensor = call(_ops.low_rank_experts, input, lora_a, lora_b, topk_ids, topk_weights)[0]
     return output
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ext import _library  # noqa: F401  (the schemas must be loaded first)
-from moe_ext.ops.autograd import register_autograd
+from moe_ext.ops.autograd import call, register_autograd
 
 _ops = torch.ops.moe_ext
 
@@ -33,7 +33,7 @@ def permute(input: Tensor, permuted_to_slot: Tensor, slot_to_permuted: Tensor, t
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    permuted: Tensor = _ops.permute(input, permuted_to_slot, slot_to_permuted, topk)
+    permuted: Tensor = call(_ops.permute, input, permuted_to_slot, slot_to_permuted, topk)
     return permuted
 
 
@@ -61,7 +61,7 @@ def unpermute(
     Raises:
         RuntimeError: an argument has the wrong dtype, number of axes, size or device; the message names it.
     """
-    summed: Tensor = _ops.unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk)
+    summed: Tensor = call(_ops.unpermute, input, permuted_to_slot, slot_to_permuted, topk_weights, topk)
     return summed
 
 
