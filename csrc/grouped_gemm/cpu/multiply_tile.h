@@ -3,14 +3,17 @@
 // Sizes, for a core with 32 KiB of L1, 1 MiB of L2 (AMD Zen 4; more on Intel's servers) and 4-byte units:
 //   right panel   256 deep x 32 columns             32 KiB   streams through L1, once for every strip of rows
 //   left strip    14 rows x 256 deep                14 KiB   stays in L1 while a panel passes
+//   left blocks   all blocks of up to 512 rows     544 KiB   stay in L2 for all columns of a tile, and the sums of a
+//                 and blocks (4-byte units)                  panel, or a pair of them, in L1
+// or, of more rows or a longer inner dimension,
 //   left block    256 rows x (256 + 16) deep       272 KiB   stays in L2 for all panels of a block
 //   sums          256 rows x 256 columns           256 KiB   stay in L2 from one block of the inner dimension to the
 //                                                            next; fewer rows are wider, up to 96 x 1024, 384 KiB
-// Together 560 KiB of L2, the rest is left to the weights that are fetched ahead and to a second panel. A panel of
-// lines along the inner dimension is packed in 6 to 18 cycles for each vector of 16 units (four shuffles; the rest
-// waits for memory and for translations of addresses) and then used one cycle for each row, on a Zen 5 half a cycle.
-// That would be up to a fifth of the time at 64 rows: pairs of bfloat16 are packed between the multiply-adds of the
-// panel before (gemm_ahead.h). Where products whose lines run along the inner dimension on both sides have few rows,
+// The rest of L2 is left to the weights that are fetched ahead and to a second panel. A panel of lines along the inner
+// dimension is packed in 6 to 18 cycles for each vector of 16 units (four shuffles; the rest waits for memory and for
+// translations of addresses) and then used one cycle for each row, on a Zen 5 half a cycle. That would be up to a fifth
+// of the time at 64 rows: with AVX-512 float32 and pairs of bfloat16 are packed between the multiply-adds of the panel
+// before (gemm_ahead.h). Where products whose lines run along the inner dimension on both sides have few rows,
 // even that is too much: they take the weights as they lie, 7 rows x 4 columns or 4 x 6 at a time, and sum lanes at the
 // end. So do products of at most kFewRows rows the other way. choose_way in multiply_tile_cpu.cpp has the rule.
 #pragma once
