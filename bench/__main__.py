@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -47,7 +48,8 @@ TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
 SECONDS_PER_CASE = {"gpu": 2.0, "cpu": 1.5, "quick": 0.05}
 # How many cases there will be is known only when they are made.
 PROGRESS = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"), TimeElapsedColumn())
-COMMAND = " ".join(["python -m bench", *sys.argv[1:]])
+# Without the folder of the results, which is the machine's own affair.
+COMMAND = re.sub(r" --out[= ]\S+", "", " ".join(["python -m bench", *sys.argv[1:]]))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_TABLES = {"cpu": ["A", "B", "C", "D"], "cpu-full": ["A", "D"]}
 DEFAULT_DTYPES = {"gpu": ["bfloat16"], "cpu": ["float32", "bfloat16"], "quick": ["float32"]}

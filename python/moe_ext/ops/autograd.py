@@ -61,7 +61,7 @@ def register_autograd(name: str, backward: Callable[..., Any], *, setup_context:
 
 
 def call(op: Callable[..., Any], *arguments: Any) -> Any:
-    """The op. Without gradients and transforms not by way of its autograd kernel, which is Python and takes 4 us."""
+    """The op. Without gradients and transforms not by way of its autograd kernel, which is Python and takes time."""
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
