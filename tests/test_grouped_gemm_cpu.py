@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 
 import pytest
@@ -14,9 +16,9 @@ from test_grouped_gemm import LAYOUTS, Case
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(700, 96, 600, 3, 2), (150, 600, 2200, 4, 2)])
+@pytest.mark.parametrize("shape", [(700, 96, 600, 3, 2), (150, 600, 2200, 4, 2), (85, 600, 200, 1, 1)])
 def test_same_bits_for_any_number_of_threads(shape, dtype):
-    """Large products, and wide ones of few rows."""
+    """Large products, wide ones of few rows, and one that has fewer tiles than there could be."""
     case = Case(shape, "zipf", dtype=dtype, gather=True, bias=True)
     case.check()
     threads = torch.get_num_threads()
@@ -57,14 +59,15 @@ def small_integers(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randint(-2, 3, shape, generator=generator).to(dtype)
 
 
-# Numbers of rows differ in how many are multiplied at once, in the depth of a block, in who fetches what ahead.
+# Numbers of rows differ in which way they are multiplied, in how many at once, in the depth of a block, in who fetches
+# what ahead. 75 columns are a group of those that are read in place, and a part of one; 1101 elements leave half a pair.
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("in_features", [40, 1100])
+@pytest.mark.parametrize("in_features", [40, 1101])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_small_number_of_rows(layout, in_features, dtype):
-    counts, integers = torch.arange(35), small_integers(dtype)
+    counts, integers = torch.arange(99), small_integers(dtype)
     offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
-    rows, weight = integers(int(offsets[-1]), in_features), integers(len(counts), 45, in_features)
+    rows, weight = integers(int(offsets[-1]), in_features), integers(len(counts), 75, in_features)
     groups = rows.double().split(counts.tolist())
     expected = torch.cat([group @ matrix.double().T for group, matrix in zip(groups, weight, strict=True)]).to(dtype)
     if layout == "ekn":
@@ -124,3 +127,28 @@ def test_large_gradients_reuse_memory():
     assert relative_error(second[1], rows.double().t() @ rows.double()) < 1e-6
     third = moe_ext.grouped_gemm_wgrad(rows, rows, offsets, weight_layout="enk")  # the second is still held
     assert third.data_ptr() != address and torch.equal(third, second)
+
+
+def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where memory ends: a page that may not be touched begins behind its last byte."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * page
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(wall), page, 0) == 0
+    placed = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * page - size)
+    return placed.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("in_features", [40, 515])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_read_past_the_end(layout, in_features, dtype):
+    """A read past the last row or weight ends the process."""
+    integers = small_integers(dtype)
+    for num_rows in (1, 3, 6, 13, 22, 30, 41, 59, 70, 90, 120):
+        rows, weight = before_a_wall(integers(num_rows, in_features)), integers(1, 75, in_features)
+        expected = (rows.double() @ weight[0].double().T).to(dtype)
+        weight = before_a_wall(weight if layout == "enk" else weight.transpose(1, 2).contiguous())
+        offsets = before_a_wall(torch.tensor([0, num_rows], dtype=torch.int32))
+        assert torch.equal(moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout), expected)

@@ -1,4 +1,4 @@
-// The inner loops of a packed GEMM on the CPU, one set for each instruction set and dtype. tiled_gemm_cpu.cpp drives
+// The inner loops of a packed GEMM on the CPU, one set for each instruction set and dtype. multiply_tile_cpu.cpp drives
 // them; gemm_kernels_impl.h holds the code, which gemm_kernels_<isa>.cpp compiles with the flags of that ISA.
 //
 // No other header may be included here or there: an inline function compiled with AVX-512 could be the copy that the
@@ -15,6 +15,8 @@ constexpr int64_t kDepth = 256;            // units of the inner dimension in on
 constexpr int64_t kLeftStride = 256 + 16;  // units from row to row of a packed left block: not a power of two
 constexpr int64_t kMaxPanelCols = 32;
 constexpr int64_t kDotRoom = 16;
+constexpr int64_t kTurnedRows = 96;  // the most that `turned` takes, and the most columns
+constexpr int64_t kTurnedCols = 64;
 
 enum class GemmType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
@@ -78,6 +80,12 @@ struct GemmKernels {
   // many lines as columns or fewer, is what is read next.
   void (*dot)(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
               int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after);
+  // sums [num_rows][sums_stride] = rows @ cols^T over `count` elements of num_cols columns, which lie stride_bytes
+  // apart and are read in place; rows are the columns of panels as pack_right_inner leaves them, panel_units apart.
+  // Writes sums of whole vectors of rows, and up to kDotRoom past the last column. `next` is the column read next. Null
+  // where the format has none.
+  void (*turned)(const void* rows, int64_t panel_units, int64_t num_rows, const char* cols, int64_t stride_bytes,
+                 int64_t num_cols, int64_t count, const char* next, void* sums, int64_t sums_stride);
   // sums [num_rows][sums_stride] (+)= packed left @ lines, for a few rows and lines across the inner dimension, none of
   // them null. `after` is what is read next.
   void (*axpy)(const void* left, int64_t num_rows, const char* const* lines, int64_t num_lines, int64_t first_col,

@@ -3,6 +3,7 @@
 #include "gemm_in_place.h"
 #include "gemm_packing.h"
 #include "gemm_strips.h"
+#include "gemm_turned.h"
 
 namespace moe_ext::cpu::MOE_ISA {
 namespace {
@@ -75,6 +76,7 @@ constexpr GemmKernels make_kernels() {
           &pack_right_outer<Format>,
           &multiply<Format, Output>,
           &dot<Format>,
+          kTurned<Format>,
           &axpy<Format>,
           &widen<Format>,
           &finish<Format, Output>};

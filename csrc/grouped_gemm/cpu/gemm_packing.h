@@ -102,8 +102,10 @@ void pack_right_inner(void* right, const char* const* cols, int64_t num_cols, in
   UnitVec<Format> rows[kCount];
   // One vector's worth of columns from end to end: lines a power of two apart crowd a set of the cache.
   for (int64_t col = 0; col < kPanelCols<Format>; col += kCount) {
+    bool whole = col + kCount <= num_cols;
+    for (int j = 0; whole && j < kCount; ++j) whole = cols[col + j] != nullptr;
     for (int64_t i = 0; i < count; i += kElements) {
-      if (col + kCount <= num_cols && i + kElements <= count) {
+      if (whole && i + kElements <= count) {
         const int64_t offset = (first + i) * static_cast<int64_t>(sizeof(typename Format::Element));
 #pragma GCC unroll 16
         for (int j = 0; j < kCount; ++j) rows[j] = Format::load(cols[col + j] + offset);

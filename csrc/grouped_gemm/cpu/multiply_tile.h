@@ -13,9 +13,11 @@
 // dimension is packed in 6 to 18 cycles for each vector of 16 units (four shuffles; the rest waits for memory and for
 // translations of addresses) and then used one cycle for each row, on a Zen 5 half a cycle. That would be up to a fifth
 // of the time at 64 rows: with AVX-512 float32 and pairs of bfloat16 are packed between the multiply-adds of the panel
-// before (gemm_ahead.h). Where products whose lines run along the inner dimension on both sides have few rows,
-// even that is too much: they take the weights as they lie, 7 rows x 4 columns or 4 x 6 at a time, and sum lanes at the
-// end. So do products of at most kFewRows rows the other way. choose_way in multiply_tile_cpu.cpp has the rule.
+// before (gemm_ahead.h). Where products whose lines run along the inner dimension on both sides have few rows, even
+// that is too much: they take the weights as they lie. 25 to 96 rows are packed instead, as lanes, and each unit of a
+// weight is broadcast to them (gemm_turned.h); fewer are multiplied 7 rows x 4 columns or 4 x 6 at a time, and lanes
+// are summed at the end (gemm_in_place.h). So are products of at most kFewRows rows the other way. choose_way in
+// multiply_tile_cpu.cpp has the rule.
 #pragma once
 
 #include <functional>
@@ -32,6 +34,9 @@ constexpr int64_t kFewRows = 16;
 // The kernels for factors of `dtype`, in the best instruction set that the machine has, or that MOE_EXT_CPU_ISA names.
 // `output_dtype` is `dtype`, or float32 for 16-bit factors.
 const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype);
+// Whether vectors of 64 bytes pass through the multipliers at once, two a cycle, so that packing weighs more beside
+// arithmetic: not on AMD's family 25 (Zen 4), where they pass in halves.
+bool multiplies_whole_vectors(const GemmKernels& kernels);
 
 struct Tile {
   int64_t row, rows;

@@ -4,17 +4,11 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "../../common/huge_pages.h"
 #include "../../common/stream_rows.h"
-
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
 
 namespace moe_ext::cpu {
 namespace {
@@ -34,20 +28,24 @@ constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to ro
 constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
                                               // that they crowd a set of L1
 constexpr int64_t kDotRowsRoom = 32;          // units between packed rows, which are then not a power of two apart
+constexpr int64_t kFewestTurnedRows = 25;
+constexpr int64_t kMostRestRows = 8;  // after whole vectors of turned rows; so many cost less with `dot`
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What one thread works in; kept from call to call. On a huge page: L2 is indexed by physical addresses, so that blocks
 // on small pages crowd some of its sets.
 struct Scratch {
+  // Packing writes whole vectors, so a block may be a vector's worth of rows larger than the tile.
+  static constexpr int64_t kLeftBytes = (kTileRows + 16) * kLeftStride * static_cast<int64_t>(sizeof(double));
+
   std::unique_ptr<char, void (*)(void*)> memory{nullptr, &std::free};
   char *left, *right, *next_right, *sums;
   std::vector<const char*> left_lines, right_lines;
 
   Scratch() {
     constexpr int64_t kUnit = sizeof(double);
-    // Packing writes whole vectors, so a block may be a vector's worth of rows larger than the tile.
-    constexpr int64_t kLeft = (kTileRows + 16) * kLeftStride * kUnit, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
+    constexpr int64_t kLeft = kLeftBytes, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
     constexpr int64_t kSums = kTileRows * kDotStride * kUnit;
     static_assert(4 * kTileCols * kWideRowsBytes <= kSums);
     static_assert(kDotRowsBytes + kTileRows * (64 + kDotRowsRoom * kUnit) <= kLeft);
@@ -239,31 +237,35 @@ constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
 constexpr int64_t kDotLineBytes = 2048;  // of a packed row, where 5 to 32 of them and six columns shall stay in L1
 
 // How a product is computed: by all of it, so that how it is cut changes no bit.
-enum class Way { kPacked, kDot, kAxpy };
-
-// Whether vectors of 64 bytes pass through the multipliers at once, two a cycle, so that packing weighs more beside
-// arithmetic: not on AMD's family 25 (Zen 4), where they pass in halves.
-bool multiplies_whole_vectors(const GemmKernels& kernels) {
-#if defined(__x86_64__)
-  static const bool in_halves = [] {
-    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 15) + (eax >> 20 & 255) == 25;
-  }();
-  return !in_halves && kernels.vector_elements / kernels.elements_per_unit * kernels.unit_bytes == 64;
-#else
-  return false;
-#endif
-}
+enum class Way { kPacked, kTurned, kDot, kAxpy };
 
 // Elements of the inner dimension that `dot` takes at once.
-int64_t dot_depth(const Product& product, const GemmKernels& kernels) {
-  const int64_t inner = product.left.cols, vector = kernels.vector_elements;
-  const int64_t rows = product.left.rows, line_bytes = inner / kernels.elements_per_unit * kernels.unit_bytes;
+int64_t dot_depth(int64_t rows, int64_t inner, const GemmKernels& kernels) {
+  const int64_t vector = kernels.vector_elements, line_bytes = inner / kernels.elements_per_unit * kernels.unit_bytes;
   const bool in_l1 = rows > 4 && rows <= 32;  // fewer need no more than a line each; more are summed up too often
   const int64_t bytes = in_l1 ? line_bytes : std::min(rows, kTileRows) * line_bytes;
   const int64_t blocks = std::max<int64_t>(1, divide_up(bytes, in_l1 ? kDotLineBytes : kDotRowsBytes));
   return std::max<int64_t>(1, divide_up(divide_up(inner, blocks), vector)) * vector;
 }
+
+// How the rows of a turned product lie packed: `turned` of them in panels, behind them the rest one after the other.
+// Which they are is up to the product, not to a tile: it decides about bits.
+struct TurnedRows {
+  int64_t turned, rest;
+  int64_t panel_units, panels;
+  int64_t rest_stride;
+
+  TurnedRows(const Product& product, const GemmKernels& kernels) {
+    const int64_t rows = product.left.rows, vector = kernels.panel_cols / 2;
+    rest = rows % vector <= kMostRestRows ? rows % vector : 0;
+    turned = rows - rest;
+    const int64_t units = divide_up(product.left.cols, kernels.vector_elements) * vector;
+    panel_units = units * kernels.panel_cols, panels = divide_up(turned, kernels.panel_cols);
+    rest_stride = units + kDotRowsRoom;
+  }
+
+  int64_t units() const { return panels * panel_units + rest * rest_stride; }
+};
 
 Way choose_way(const Product& product, const GemmKernels& kernels) {
   const int64_t rows = product.left.rows;
@@ -272,11 +274,64 @@ Way choose_way(const Product& product, const GemmKernels& kernels) {
   if (rows <= kFewRows) return Way::kDot;
   // Weights that are widened are widened once for all rows.
   if (kernels.element_bytes * kernels.elements_per_unit < kernels.unit_bytes) return Way::kPacked;
-  if (multiplies_whole_vectors(kernels)) return rows <= kFewRows * kernels.elements_per_unit ? Way::kDot : Way::kPacked;
+  if (multiplies_whole_vectors(kernels)) {
+    const bool turns =
+        kernels.turned && !product.right.gather.slots && rows >= kFewestTurnedRows && rows <= kTurnedRows;
+    if (turns && TurnedRows(product, kernels).units() * kernels.unit_bytes <= Scratch::kLeftBytes) return Way::kTurned;
+    return rows <= kFewRows * kernels.elements_per_unit ? Way::kDot : Way::kPacked;
+  }
   // Cycles for each vector of weights elsewhere, as on a Zen 4: to pack it 18; to sum the lanes of what `dot`
   // accumulated 3.2 for each row, once in `steps`, and 0.03 for each row, because it needs more of the cache.
-  const int64_t steps = dot_depth(product, kernels) / kernels.vector_elements;
+  const int64_t steps = dot_depth(rows, product.left.cols, kernels) / kernels.vector_elements;
   return rows * (steps + 107) <= 600 * steps ? Way::kDot : Way::kPacked;
+}
+
+// Rows, all of them in one tile, are packed once; columns are read in place, a group of them after the other.
+void multiply_turned(const Product& product, const Tile& tile, const GemmKernels& kernels,
+                     const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
+  const int64_t inner = product.left.cols, unit = kernels.unit_bytes, halves = product.pair ? 2 : 1;
+  const TurnedRows rows(product, kernels);
+  scratch.left_lines.clear();
+  add_lines(product.left, tile.row, tile.rows, kernels.element_bytes, scratch.left_lines);
+  for (int64_t panel = 0; panel < rows.panels; ++panel) {
+    const int64_t first = panel * kernels.panel_cols;
+    kernels.pack_right_inner(scratch.left + panel * rows.panel_units * unit, scratch.left_lines.data() + first,
+                             std::min(kernels.panel_cols, rows.turned - first), 0, inner);
+  }
+  char* rest = scratch.left + rows.panels * rows.panel_units * unit;
+  kernels.pack_left_inner(rest, rows.rest_stride, scratch.left_lines.data() + rows.turned, rows.rest, 0, inner);
+  const int64_t rest_depth = dot_depth(rows.rest, inner, kernels);
+
+  const int64_t stride_bytes = product.right.line_stride * kernels.element_bytes;
+  const auto column = [&](int64_t col, int64_t half) {
+    return product.right.data + (tile.col + col + half * product.pair) * stride_bytes;
+  };
+  // Sums lie as [rows][kTurnedStride], a pair's second half behind the first.
+  constexpr int64_t kTurnedStride = kTurnedCols + 2 * kDotRoom, kPairAt = kTurnedStride / 2;
+  const int64_t width = kTurnedCols / halves;
+  for (int64_t col = 0; col < tile.cols; col += width) {
+    const int64_t cols = std::min(width, tile.cols - col);
+    for (int64_t half = 0; half < halves; ++half) {
+      const bool pair_follows = half + 1 < halves, last = col + width >= tile.cols;
+      const char *here = column(col, half), *next = pair_follows ? column(col, 1) : column(last ? col : col + width, 0);
+      char* sums = scratch.sums + half * kPairAt * unit;
+      kernels.turned(scratch.left, rows.panel_units, rows.turned, here, stride_bytes, cols, inner, next, sums,
+                     kTurnedStride);
+      if (rows.rest == 0) continue;
+      scratch.right_lines.clear();
+      for (int64_t i = 0; i < cols; ++i) scratch.right_lines.push_back(here + i * stride_bytes);
+      for (int64_t k = 0; k == 0 || k < inner; k += rest_depth) {
+        kernels.dot(rest + k / kernels.elements_per_unit * unit, rows.rest_stride, rows.rest,
+                    scratch.right_lines.data(), cols, k, std::min(rest_depth, inner - k),
+                    sums + rows.turned * kTurnedStride * unit, kTurnedStride, k == 0, {});
+      }
+    }
+    for (int64_t panel = 0; panel < cols; panel += kernels.panel_cols) {
+      char* sums = scratch.sums + panel * unit;
+      finish({tile.row, tile.rows, tile.col + col + panel, std::min(kernels.panel_cols, cols - panel), sums,
+              product.pair ? sums + kPairAt * unit : nullptr, kTurnedStride});
+    }
+  }
 }
 
 // Few enough rows that packing the weights would cost more than it saves.
@@ -295,7 +350,7 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
       add_lines(product.right, tile.col + half * product.pair, tile.cols, element, scratch.right_lines);
     }
     const char* const* cols = scratch.right_lines.data();
-    const int64_t depth = dot_depth(product, kernels);
+    const int64_t depth = dot_depth(product.left.rows, inner, kernels);
     const int64_t row_stride = depth / kernels.elements_per_unit + kDotRowsRoom;
     char* rows = scratch.left;
     for (int64_t k = 0; k == 0 || k < inner; k += depth) {
@@ -341,50 +396,14 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
   }
 }
 
-using KernelsOf = const GemmKernels& (*)(GemmType type, bool wide);
-
-KernelsOf kernels_of_machine() {
-  const char* name = std::getenv("MOE_EXT_CPU_ISA");
-  const std::string wanted = name ? name : "";
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("x86-64-v3"), avx512 = avx2 && __builtin_cpu_supports("x86-64-v4");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  MOE_CHECK(wanted.empty() || wanted == "portable" || (wanted == "avx2" && avx2) || (wanted == "avx512" && avx512) ||
-                (wanted == "avx512_bf16" && bf16),
-            "MOE_EXT_CPU_ISA: expected portable", avx2 ? ", avx2" : "", avx512 ? ", avx512" : "",
-            bf16 ? ", avx512_bf16" : "", " on this machine, got ", wanted);
-  if (wanted == "portable" || !avx2) return &portable::gemm_kernels;
-  if (wanted == "avx2" || !avx512) return &avx2::gemm_kernels;
-  if (wanted == "avx512" || !bf16) return &avx512::gemm_kernels;
-  return &avx512_bf16::gemm_kernels;
-#else
-  MOE_CHECK(wanted.empty() || wanted == "portable", "MOE_EXT_CPU_ISA: expected portable on this machine, got ", wanted);
-  return &portable::gemm_kernels;
-#endif
-}
-
-}  // namespace
-
-const GemmKernels& choose_kernels(ScalarType dtype, ScalarType output_dtype) {
-  static const KernelsOf kernels_of = kernels_of_machine();
-  const GemmType type = dtype == ScalarType::Double     ? GemmType::kFloat64
-                        : dtype == ScalarType::BFloat16 ? GemmType::kBFloat16
-                        : dtype == ScalarType::Half     ? GemmType::kFloat16
-                                                        : GemmType::kFloat32;
-  return kernels_of(type, dtype != output_dtype);
-}
-
-namespace {
-
 void multiply_tile(const Product& product, const Tile& tile, const GemmKernels& kernels,
                    const std::function<void(const TileSums&)>& finish, const Output* output) {
   thread_local Scratch scratch;
   const Way way = choose_way(product, kernels);
-  if (way == Way::kPacked) {
-    multiply_packed(product, tile, kernels, finish, output, scratch);
-  } else {
-    multiply_in_place(product, tile, kernels, way, finish, scratch);
+  switch (way) {
+    case Way::kPacked: return multiply_packed(product, tile, kernels, finish, output, scratch);
+    case Way::kTurned: return multiply_turned(product, tile, kernels, finish, scratch);
+    default: return multiply_in_place(product, tile, kernels, way, finish, scratch);
   }
 }
 
@@ -416,6 +435,7 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const bool swept = way == Way::kAxpy;
   int64_t wider = 1;
   if (way == Way::kPacked && rows <= kTileRows / 2) wider = rows * kernels.unit_bytes <= kWideRowsBytes ? 4 : 2;
+  if (way == Way::kTurned) wider = 8;
   if (way == Way::kPacked && left_stays(product, std::min(rows, kTileRows), kernels)) wider = 8;
   const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
@@ -427,7 +447,7 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   };
   while (!enough() && tile_cols > kSmallestTile) {
     tile_cols /= 2;
-    if (!enough() && tile_rows > kSmallestTile) tile_rows /= 2;
+    if (!enough() && tile_rows > kSmallestTile && way != Way::kTurned) tile_rows /= 2;
   }
   // Equal tiles: 300 rows are 150 and 150, not 256 and 44.
   tile_rows_ = divide_up(rows, divide_up(rows, tile_rows));
