@@ -71,7 +71,8 @@ template <typename Format>
 constexpr bool kPacksAhead =
     sizeof(typename Format::Unit) == 4 && sizeof(typename Format::Element) * Format::kPerUnit == 4;
 
-// One piece at a time, without a loop: several in a row are more than a core looks ahead.
+// One piece at a time, without a loop: several in a row are more than a core looks ahead. Two where there are too few
+// strips for that, rather than the rest of them after the last.
 template <typename Pieces>
 struct PackAhead {
   static constexpr int kUnrolled = 4;
@@ -79,10 +80,12 @@ struct PackAhead {
 
   PackAhead(const Ahead& ahead, int64_t strips, int64_t depth) : pieces(ahead), num_pieces(pieces.count()) {
     while (chunk > kUnrolled && strips * (depth / chunk) < num_pieces) chunk /= 2;
+    two = strips * (depth / chunk) < num_pieces;
   }
 
   MOE_INLINE void some() {
     if (piece < num_pieces) pieces.pack(piece++);
+    if (two && piece < num_pieces) pieces.pack(piece++);
   }
   void rest() {
     while (piece < num_pieces) some();
@@ -92,6 +95,7 @@ struct PackAhead {
   Pieces pieces;
   int64_t num_pieces;
   int64_t piece = 0;
+  bool two;
 };
 
 // Lines along the inner dimension. A piece is 4 columns x 16 units, transposed in each quarter of a register and
