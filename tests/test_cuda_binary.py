@@ -206,6 +206,27 @@ def test_rows_move_in_16_byte_accesses(row_kernels):
     assert found == {kernel: 2 * count for kernel, count in per_arch.items()}
 
 
+def test_received_rows_leave_in_whole_vectors(tmp_path):
+    """Four pieces of a segment, as they came or dequantised: the compiler takes no vector apart into its elements."""
+    subprocess.run(
+        [find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=tmp_path, check=True, capture_output=True
+    )
+    found = 0
+    for cubin in sorted(tmp_path.glob("*.cubin")):
+        if b"unpack_rows_kernel" not in cubin.read_bytes():
+            continue
+        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
+            name = part.split(",", 1)[0]
+            if (kind := re.search(r"unpack_rows_kernelI(.*)Lb([01])ELi[48]E", name)) is None:
+                continue
+            found += 1
+            width = 64 if kind[1] != "f" and kind[2] == "1" else 128
+            stores = re.findall(r"\bSTG\.\S+", part)
+            assert stores.count(f"STG.E.{width}") == 4, f"{cubin.name} {name}: {stores}"
+            assert not any("U16" in store for store in stores), f"{cubin.name} {name}: {stores}"
+    assert found == 2 * 3 * 2  # architectures, dtypes, as they are or e4m3
+
+
 def test_no_driver_symbols():
     """libcuda is found at run time: the library loads on a machine without a driver."""
     if not shutil.which("nm"):

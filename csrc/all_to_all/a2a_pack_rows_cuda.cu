@@ -77,7 +77,9 @@ __device__ void quantise_segment(const scalar_t* source, int64_t segment, const 
     const BlockDivision divide(scale);
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < kElementsPerLane; ++i) word |= uint32_t{to_e4m3(divide(values[piece][i]))} << (8 * i);
+    for (int i = 0; i < kElementsPerLane; i += 2) {
+      word |= to_e4m3_pair(divide(values[piece][i]), divide(values[piece][i + 1])) << (8 * i);
+    }
     const int64_t at = block * kScaleBlock + lane * kElementsPerLane;
     if (at < row.payload_bytes()) *reinterpret_cast<uint32_t*>(bytes + at) = word;
     if (lane == 0) reinterpret_cast<float*>(bytes + row.scales_at)[block] = scale;

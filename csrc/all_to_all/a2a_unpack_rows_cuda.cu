@@ -44,15 +44,18 @@ __device__ void dequantise_segment(const char* bytes, int64_t segment, const Pac
 #pragma unroll
   for (int piece = 0; piece < kPiecesPerLane; ++piece) {
     const int64_t first = (segment * kPiecesPerLane + piece) * kScaleBlock + lane * kElementsPerLane;
+    float elements[kElementsPerLane];
+#pragma unroll
+    for (int i = 0; i < kElementsPerLane; i += 2) {
+      const FloatPair pair = from_e4m3_pair(static_cast<uint16_t>(words[piece] >> (8 * i)));
+      elements[i] = pair.low, elements[i + 1] = pair.high;
+    }
 #pragma unroll
     for (int i = 0; i < kElementsPerLane; i += width) {
       Packed values;
 #pragma unroll
-      for (int v = 0; v < width; ++v) {
-        const auto bits = static_cast<uint8_t>(words[piece] >> (8 * (i + v)));
-        values.values[v] = static_cast<scalar_t>(from_e4m3(bits) * scales[piece]);
-      }
-      if (first + i < row.hidden_size) *reinterpret_cast<Packed*>(output + first + i) = values;
+      for (int v = 0; v < width; ++v) values.values[v] = static_cast<scalar_t>(elements[i + v] * scales[piece]);
+      if (first + i < row.hidden_size) store_whole(reinterpret_cast<Packed*>(output + first + i), values);
     }
   }
 }
@@ -77,7 +80,7 @@ __device__ void copy_segment(const char* bytes, int64_t segment, const PackedRow
       Part part;
 #pragma unroll
       for (int v = 0; v < width; ++v) part.values[v] = vectors[piece].values[i + v];
-      if (element + i < row.hidden_size) *reinterpret_cast<Part*>(output + element + i) = part;
+      if (element + i < row.hidden_size) store_whole(reinterpret_cast<Part*>(output + element + i), part);
     }
   }
 }
@@ -86,10 +89,16 @@ template <typename scalar_t, bool quantised, int width>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize) unpack_rows_kernel(UnpackArguments<scalar_t> arguments) {
   const PackedRow& row = arguments.row;
   const int lane = threadIdx.x % kWarpSize;
+  // 64-bit divisions are calls on the device, which would cost the loop registers: there are none in it.
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  for (int64_t item = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
-       item < arguments.num_rows * arguments.segments; item += stride) {
-    const int64_t m = item / arguments.segments, segment = item % arguments.segments;
+  int64_t m = item / arguments.segments, segment = item - m * arguments.segments;
+  const int64_t rows_on = stride / arguments.segments, segments_on = stride - rows_on * arguments.segments;
+  const auto advance = [&] {
+    m += rows_on, segment += segments_on;
+    if (segment >= arguments.segments) segment -= arguments.segments, ++m;
+  };
+  for (; m < arguments.num_rows; advance()) {
     const char* bytes = arguments.input + m * row.row_bytes;
     scalar_t* output = arguments.hidden + m * row.hidden_size;
     if constexpr (quantised) {

@@ -28,9 +28,17 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// An error of a call to the runtime. It is taken from this library's own copy of the runtime too: left there, the next
+// launch would report it as its own.
+inline void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  STD_CUDA_CHECK(error);
+}
+
 inline int multiprocessor_count(const Tensor& tensor) {
   int count = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
   return count;
 }
 
@@ -48,7 +56,7 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 // stream operation: allowed under capture.
 template <typename... Parameters>
 void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
 }  // namespace moe_ext

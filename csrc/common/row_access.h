@@ -24,6 +24,28 @@ __device__ Vector<scalar_t, width> load_once(const Vector<scalar_t, width>* sour
   return *source;
 }
 
+// A store of the whole vector at once, which the compiler may not take apart into its elements.
+template <typename scalar_t, int width>
+__device__ void store_whole(Vector<scalar_t, width>* to, const Vector<scalar_t, width>& vector) {
+#ifdef __CUDA_ARCH__
+  constexpr size_t kBytes = sizeof(vector);
+  if constexpr (kBytes == 16 || kBytes == 8) {
+    uint32_t words[kBytes / 4];
+    __builtin_memcpy(words, &vector, kBytes);
+    if constexpr (kBytes == 16) {
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                   : "memory");
+    } else {
+      asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+    }
+    return;
+  }
+#endif
+  *to = vector;
+}
+
 // One warp per item (a row, or what makes up a row), which walks the segments of the row. Where items are too few to
 // fill the machine, the segments are spread over the y dimension.
 struct RowGrid {

@@ -13,6 +13,7 @@ decltype(&cuTensorMapEncodeTiled) find_encode() {
   constexpr unsigned kIntroducedIn = 12000;
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kIntroducedIn, cudaEnableDefault, &found);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
   if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }

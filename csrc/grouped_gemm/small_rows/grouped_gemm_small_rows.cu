@@ -170,8 +170,8 @@ Machine read_machine(int device) {
   return {3, moe_emulator::kMaxSharedBytes};
 #else
   int multiprocessors = 0, bytes = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return {multiprocessors, static_cast<size_t>(bytes)};
 #endif
 }
@@ -184,7 +184,7 @@ int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
   return kManyItemsBlocks;
 #else
   int blocks = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
   return blocks;
 #endif
 }
@@ -196,7 +196,7 @@ void launch_overlapped(void (*kernel)(Parameter), unsigned blocks, int threads, 
                        cudaStream_t stream, const Parameter& parameter) {
 #ifndef MOE_EXT_EMULATED
   cudaFuncAttributes attributes;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel));
   if (attributes.ptxVersion >= 90) {  // code for sm_80 does not wait, whatever it runs on
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -208,7 +208,7 @@ void launch_overlapped(void (*kernel)(Parameter), unsigned blocks, int threads, 
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, parameter));
+    check_cuda(cudaLaunchKernelEx(&config, kernel, parameter));
     return;
   }
 #endif
