@@ -181,6 +181,19 @@ def test_products_keep_to_the_registers_of_their_role(code_of_kernels, resources
         assert resources[f"sm_90a {name}"]["REG"] == 168, f"{name}: not what setmaxnreg starts from"
 
 
+def test_products_ask_for_gathered_rows_at_once(code_of_kernels):
+    """At least a stage's four slots of a thread in one run of code, and a token from a slot without a division."""
+    for name, text in code_of_kernels["sm_90a"].items():
+        if "product_kernel" not in name:
+            continue
+        kernel = parse(text)
+        start = next(at for at, line in enumerate(kernel.instructions) if "USETMAXREG.DEALLOC" in line)
+        producer = "\n".join(kernel.instructions[at] for at in sorted(kernel.after(start)))
+        runs = re.split(r"\b(?:BRA|SYNCS|LDGSTS)\b", producer)
+        assert max(len(re.findall(r"\bLDG\b", run)) for run in runs) >= 4, name
+        assert not re.search(r"\bI2F\.RP\b", producer), f"{name}: a signed division"
+
+
 def test_no_kernel_uses_local_memory(resources):
     """Neither spills nor arrays that a run-time index moved out of registers, anywhere in the library."""
     assert len(resources) > 100

@@ -2,6 +2,7 @@
 // composes the pieces itself where the answer is no.
 #pragma once
 
+#include "../common/divisor.h"
 #include "../experts/activation_vectors.h"
 #include "grouped_gemm_kernels.h"
 
@@ -12,13 +13,14 @@ struct RowGather {
   const void* source;  // [num_slots / topk, width], or null: no gather
   const int32_t* permuted_to_slot;
   int64_t width;
-  int num_slots, topk;
+  int num_slots;
+  Divisor topk;
   bool is_a;  // which operand; forward products gather A
 
-  // The token of a row, -1 for none.
-  __device__ int token_of(int64_t row) const {
-    const int slot = permuted_to_slot[row];
-    return slot >= 0 && slot < num_slots ? slot / topk : -1;
+  // -1 for a slot out of range.
+  __device__ int token_of(int slot) const {
+    const int token = topk.divide(slot);  // of any slot: cheaper than a branch
+    return slot >= 0 && slot < num_slots ? token : -1;
   }
 };
 

@@ -38,12 +38,9 @@ struct Workspace {
 
 // `tokens` [num_tokens, width] and `permuted_to_slot` contiguous.
 inline RowGather row_gather(const Tensor& tokens, const Tensor& permuted_to_slot, const RowMaps& maps) {
-  return {tokens.const_data_ptr(),
-          permuted_to_slot.const_data_ptr<int32_t>(),
-          tokens.size(1),
-          static_cast<int>(maps.num_slots),
-          static_cast<int>(maps.topk),
-          true};
+  return {tokens.const_data_ptr(), permuted_to_slot.const_data_ptr<int32_t>(),
+          tokens.size(1),          static_cast<int>(maps.num_slots),
+          divisor_of(maps.topk),   true};
 }
 
 // A weight as the kernels take it. One whose transpose is contiguous is read under the other layout, without a copy.

@@ -265,10 +265,15 @@ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   s.settle();
 }
 
+bool barrier_passed(Barrier* barrier, uint32_t parity) {
+  const BarrierState& s = barrier_state(barrier);
+  if (parity > 1) fail("the parity of a barrier's phase is 0 or 1");
+  return (s.phase & 1) != parity;
+}
+
 void barrier_wait(Barrier* barrier, uint32_t parity) {
   BarrierState& s = barrier_state(barrier);
-  if (parity > 1) fail("the parity of a barrier's phase is 0 or 1");
-  moe_emulator::wait_until([&s, parity] { return (s.phase & 1) != parity; });
+  moe_emulator::wait_until([barrier, parity] { return barrier_passed(barrier, parity); });
   // Parities tell neighbouring phases apart: a thread that sleeps through one would take the next but one for it.
   const auto [passed, first] = self().passed.try_emplace(barrier, s.phase);
   if (!first && s.phase != passed->second + 1) fail("a thread did not see every phase of a barrier end");

@@ -36,6 +36,7 @@ void barrier_init_fence();
 void barrier_arrive(Barrier* barrier);
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
 void barrier_wait(Barrier* barrier, uint32_t parity);
+bool barrier_passed(Barrier* barrier, uint32_t parity);
 void named_barrier(int id, int threads);
 void fence_proxy_async();
 

@@ -52,6 +52,20 @@ __device__ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Whether that phase has ended, at once.
+__device__ inline bool barrier_passed(Barrier* barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n\t"
+      ".reg .pred done;\n\t"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, done;\n\t"
+      "}"
+      : "=r"(passed)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
 
 // Barrier `id` (1 to 15) among `threads` threads of the block.
 __device__ inline void named_barrier(int id, int threads) {
