@@ -163,6 +163,18 @@ def test_bad_calls(call, message, device):
         call(device)
 
 
+def test_most_components(device):
+    args, grad = make_args((1, 4, 4, 2, 4096, 2), "uniform", torch.float32, device)
+    assert_matches_reference(moe_ext.low_rank_experts, reference.low_rank_experts, args, grad)
+
+
+def test_too_many_rows(device):
+    (hidden, down, _, ids, weights), _ = make_args((1, 2, 2, 1, 1, 1), "uniform", torch.float32, device)
+    rows = down.new_empty(2**19, 4096, 0)
+    with pytest.raises(RuntimeError, match=r"lora_a, number of rows: expected at most 2\^31 - 1, got 2147483648"):
+        moe_ext.low_rank_experts(hidden[:, :0], rows, rows, ids, weights)
+
+
 def test_too_many_components(device):
     args, _ = make_args((1, 2, 2, 2, 4200, 2), "uniform", torch.float32, device)
     with pytest.raises(RuntimeError, match=r"topk \* rank: expected at most 8192, got 8400"):

@@ -196,6 +196,7 @@ BAD_CALLS = [
     ("float ids", lambda d: losses_of(d, torch.zeros(5, 8, device=d)), r"topk_ids: expected int32 or int64 \[num_tokens, topk\], got float32 \[5, 8\]"),
     ("ids of other tokens", lambda d: losses_of(d, torch.zeros(4, 2, device=d).int()), r"topk_ids: expected size 5 \(num_tokens, as in logits\)"),
     ("no ids", lambda d: losses_of(d, torch.zeros(5, 0, device=d).int()), r"topk, the columns of topk_ids: expected an integer >= 1, got 0"),
+    ("too many ids", lambda d: losses_of(d, torch.zeros(5, 1, device=d).int().expand(5, 2**29)), r"topk_ids, number of slots: expected at most 2\^31 - 1, got 2684354560"),
     ("float mask", lambda d: losses_of(d, token_mask=torch.ones(5, device=d)), r"token_mask: expected bool \[num_tokens\], got float32 \[5\]"),
     ("half weights", lambda d: losses_of(d, expert_weights=torch.ones(8, device=d).half()), r"expert_weights: expected float32 \[num_experts\], got float16 \[8\]"),
     ("weights of other experts", lambda d: losses_of(d, expert_weights=torch.ones(7, device=d)), r"expert_weights: expected size 8 \(num_experts, as in logits\)"),

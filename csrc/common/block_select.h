@@ -1,4 +1,5 @@
 // Block-wide scan and radix select for kernels of kSelectThreads threads; integers only, all threads must call.
+// CachedKeys: what a select and the passes after it read.
 #pragma once
 
 #include "cuda_launch.h"
@@ -8,6 +9,10 @@ namespace moe_ext {
 
 constexpr int kSelectThreads = 512;
 constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int64_t kCachedKeys = 8 * 1024;  // 32 KiB
+
+// Dynamic shared memory of a kernel that has CachedKeys of at most `most` items.
+inline size_t cached_key_bytes(int64_t most) { return std::min(most, kCachedKeys) * sizeof(uint32_t); }
 
 // Exclusive scan of one value per thread over the block; `total` receives the sum.
 __device__ inline int block_exclusive_scan(int value, int* total) {
@@ -32,6 +37,35 @@ __device__ inline int block_exclusive_scan(int value, int* total) {
   *total = sum;
   return before + inclusive - value;
 }
+
+// The keys of items 0 .. count - 1, each worked out once and kept in shared memory, or every time where there are more
+// than kCachedKeys. Thread t may ask for items t + n * kSelectThreads only, the ones it kept: no barrier.
+template <typename Key>
+class CachedKeys {
+ public:
+  __device__ CachedKeys(const Key& key, int64_t count, uint32_t* cache)
+      : key_(key), cache_(cache), cached_(count <= kCachedKeys) {
+    constexpr int kInFlight = 4;
+    const int items = cached_ ? static_cast<int>(count) : 0;
+    for (int first = threadIdx.x; first < items; first += kInFlight * kSelectThreads) {
+      uint32_t keys[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        keys[i] = first + i * kSelectThreads < items ? key(first + i * kSelectThreads) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (first + i * kSelectThreads < items) cache[first + i * kSelectThreads] = keys[i];
+      }
+    }
+  }
+  __device__ uint32_t operator()(int64_t item) const { return cached_ ? cache_[item] : key_(item); }
+
+ private:
+  const Key& key_;
+  uint32_t* cache_;
+  bool cached_;
+};
 
 // The `wanted`-th largest of key(0) .. key(count - 1), 1 <= wanted <= count, in 4 passes over 8 bits each; `ties`
 // receives how many items with that very key belong to the largest `wanted`.

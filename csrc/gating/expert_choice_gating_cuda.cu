@@ -2,11 +2,11 @@
 //   stats_kernel      a group of lanes per token: the row's softmax (largest logit, sum of exponentials)
 //   transpose_kernel  32 x 32 tiles through shared memory: scores by expert [E, T], both sides coalesced
 //   threshold_kernel  one block per expert: radix select of its capacity-th best score, then the last token that a tie
-//                     at that score still admits; up to kCachedTokens the five passes read keys in shared memory
+//                     at that score still admits; up to kCachedKeys tokens the five passes read keys in shared memory
 //   emit_kernel       32 x 32 tiles back: every score against its expert's threshold
 // Traffic: logits read once (softmax: twice, the second time from L2), scores written once and read twice (six times
-// above kCachedTokens, from L2 where T*E*4 bytes fit), weights and ids written once. Bound: memory, the passes of one
-// expert for small E.
+// above kCachedKeys tokens, from L2 where T*E*4 bytes fit), weights and ids written once. Bound: memory, the passes of
+// one expert for small E.
 #include "expert_choice_gating.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,6 @@ namespace {
 
 constexpr int kTile = 32;
 constexpr int kTileRowsPerPass = 8;
-constexpr int64_t kCachedTokens = 8 * 1024;  // 32 KiB of keys
 
 struct Threshold {
   uint32_t key;
@@ -74,18 +73,11 @@ __global__ void __launch_bounds__(kTile* kTileRowsPerPass)
 
 __global__ void __launch_bounds__(kSelectThreads)
     threshold_kernel(const float* __restrict__ scores, Threshold* __restrict__ thresholds, ExpertChoiceShape shape) {
-  MOE_DYNAMIC_SHARED(uint32_t, cached_keys);
-  const bool cached = shape.num_tokens <= kCachedTokens;
+  MOE_DYNAMIC_SHARED(uint32_t, key_cache);
   for (int64_t expert = blockIdx.x; expert < shape.num_experts; expert += gridDim.x) {
     const float* mine = scores + expert * shape.num_tokens;
-    if (cached) {
-#pragma unroll 4
-      for (int token = threadIdx.x; token < shape.num_tokens; token += kSelectThreads) {
-        cached_keys[token] = key_of(mine[token]);
-      }
-      // Every thread reads the keys it wrote, no others: no barrier.
-    }
-    const auto key = [&](int64_t token) { return cached ? cached_keys[token] : key_of(mine[token]); };
+    const auto key_of_token = [&](int64_t token) { return key_of(mine[token]); };
+    const CachedKeys key(key_of_token, shape.num_tokens, key_cache);
     int ties = 0;
     const uint32_t threshold = select_threshold(key, shape.num_tokens, static_cast<int>(shape.capacity), &ties);
     int seen = 0;
@@ -238,9 +230,9 @@ std::tuple<Tensor, Tensor> expert_choice_gating(const Tensor& logits, int64_t ca
     }
     launch_kernel(transpose_kernel<scalar_t>, tile_blocks, kTile * kTileRowsPerPass, 0, stream, logit, stat,
                   scores.mutable_data_ptr<float>(), shape);
-    const size_t cached_bytes = shape.num_tokens <= kCachedTokens ? shape.num_tokens * sizeof(uint32_t) : 0;
+    const size_t cache_bytes = shape.num_tokens <= kCachedKeys ? cached_key_bytes(shape.num_tokens) : 0;
     launch_kernel(threshold_kernel, static_cast<unsigned>(std::min(shape.num_experts, kMaxBlocks)), kSelectThreads,
-                  cached_bytes, stream, scores.const_data_ptr<float>(), threshold, shape);
+                  cache_bytes, stream, scores.const_data_ptr<float>(), threshold, shape);
   });
   launch_kernel(emit_kernel, tile_blocks, kTile * kTileRowsPerPass, 0, stream, scores.const_data_ptr<float>(),
                 threshold, topk_weights.mutable_data_ptr<float>(), topk_ids.mutable_data_ptr<int32_t>(), shape);

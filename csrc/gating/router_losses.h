@@ -63,6 +63,7 @@ inline LossShape check_router_losses(const Tensor& logits, const Tensor& topk_id
   check_tensor(topk_ids, "topk_ids", {ScalarType::Int, ScalarType::Long}, 2, "[num_tokens, topk]");
   check_size(topk_ids, "topk_ids", 0, logits.size(0), "num_tokens, as in logits");
   check_at_least(topk_ids.size(1), "topk, the columns of topk_ids", 1);
+  check_fits_int32(topk_ids.numel(), "topk_ids, number of slots");
   check_same_device(topk_ids, "topk_ids", logits, "logits");
   check_token_mask(token_mask, logits);
   check_expert_weights(expert_weights, logits);

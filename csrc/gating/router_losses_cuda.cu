@@ -19,6 +19,7 @@ namespace {
 
 constexpr int kCountThreads = 256;
 constexpr int64_t kEntriesPerCountBlock = 4096;
+constexpr uint32_t kIdsInFlight = 4;
 constexpr int kMaxSharedCounts = 12000;  // above, blocks count in device memory
 constexpr int64_t kLossBlocksPerMultiprocessor = 8;
 
@@ -41,26 +42,38 @@ __global__ void __launch_bounds__(kCountThreads)
   MOE_DYNAMIC_SHARED(int32_t, shared_counts);
   const int num_experts = static_cast<int>(shape.num_experts);
   const bool in_shared = num_experts <= kMaxSharedCounts;
-  const int64_t length = shape.sequence_length(), stride = per_sequence * kCountThreads;
-  const int64_t first = blockIdx.x % per_sequence * kCountThreads + threadIdx.x;
+  const int64_t length = shape.sequence_length();
+  // 32 bits for all that counts slots: a 64-bit division is a call on the device.
+  const auto num_slots = static_cast<uint32_t>(length * shape.topk), topk = static_cast<uint32_t>(shape.topk);
+  const auto stride = static_cast<uint32_t>(per_sequence * kCountThreads);
+  const auto first = static_cast<uint32_t>(blockIdx.x % per_sequence * kCountThreads + threadIdx.x);
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished_blocks = 0;
   for (int64_t sequence = blockIdx.x / per_sequence; sequence < shape.num_sequences;
        sequence += gridDim.x / per_sequence) {
     int32_t* loads = tokens_per_expert + sequence * num_experts;
-    int32_t* counts = in_shared ? shared_counts : loads;
     const index_t* ids = topk_ids + sequence * length * shape.topk;
     const bool* mask = token_mask ? token_mask + sequence * length : nullptr;
     if (in_shared) {
-      for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) counts[expert] = 0;
+      for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) shared_counts[expert] = 0;
       __syncthreads();
     }
-#pragma unroll 4
-    for (int64_t i = first; i < length * shape.topk; i += stride) {
-      const index_t id = ids[i];
-      if (id >= 0 && id < num_experts && (!mask || mask[i / shape.topk])) atomicAdd(&counts[id], 1);
+    for (uint32_t i = first; i < num_slots; i += kIdsInFlight * stride) {
+      index_t id[kIdsInFlight];
+#pragma unroll
+      for (uint32_t k = 0; k < kIdsInFlight; ++k) id[k] = i + k * stride < num_slots ? ids[i + k * stride] : -1;
+#pragma unroll
+      for (uint32_t k = 0; k < kIdsInFlight; ++k) {
+        if (id[k] < 0 || id[k] >= num_experts || (mask && !mask[(i + k * stride) / topk])) continue;
+        // Two calls: a choice between two pointers would make both atomics generic ones.
+        if (in_shared) {
+          atomicAdd(&shared_counts[id[k]], 1);
+        } else {
+          atomicAdd(&loads[id[k]], 1);
+        }
+      }
     }
     int counted = !mask && first == 0 ? static_cast<int>(length) : 0;
-    for (int64_t token = first; mask && token < length; token += stride) counted += mask[token];
+    for (uint32_t token = first; mask && token < length; token += stride) counted += mask[token];
     // One addition per warp: all of a sequence meet in one word.
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) counted += __shfl_xor_sync(kFullMask, counted, offset);
@@ -68,7 +81,7 @@ __global__ void __launch_bounds__(kCountThreads)
     if (!in_shared) continue;
     __syncthreads();
     for (int expert = threadIdx.x; expert < num_experts; expert += kCountThreads) {
-      if (counts[expert] > 0) atomicAdd(&loads[expert], counts[expert]);
+      if (shared_counts[expert] > 0) atomicAdd(&loads[expert], shared_counts[expert]);
     }
     __syncthreads();
   }

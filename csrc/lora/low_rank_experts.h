@@ -59,7 +59,7 @@ inline LowRankGradients new_low_rank_gradients(const LowRankShape& shape, const 
           new_empty(topk_weights, {wanted.back() ? shape.num_tokens : 0, shape.components()})};
 }
 
-// A token's components stand in shared memory on CUDA, 4 bytes each.
+// A token's components stand in shared memory on CUDA, 8 bytes each.
 constexpr int64_t kMostComponents = 8192;
 
 inline LowRankShape check_low_rank_experts(const Tensor& input, const Tensor& lora_a, const Tensor& lora_b,
@@ -81,6 +81,7 @@ inline LowRankShape check_low_rank_experts(const Tensor& input, const Tensor& lo
   check_at_least(shape.rank, "lora_a, rank", 1);
   check_at_least(shape.topk, "topk_ids, topk", 1);
   check_fits_int32(shape.num_tokens * shape.topk, "topk_ids, number of slots");
+  check_fits_int32(shape.num_experts * shape.rank, "lora_a, number of rows");
   MOE_CHECK(shape.components() <= kMostComponents, "topk * rank: expected at most ", kMostComponents, ", got ",
             shape.components());
   check_same_device(lora_a, "lora_a", input, "input");

@@ -1,10 +1,10 @@
 // Low-rank experts on CUDA. Sums run in a fixed order, in fp32: deterministic, no atomics.
 //
 // token_kernel: projection and output; the backward runs it on (grad_output, up, down).
-//   Mapping: one block of kTokenThreads per token. A thread reads its 16-byte vectors of x once for kRowsAtOnce rows of
-//     `down`; the partial dot products are reduced by shuffles, then over the warps in shared memory, where the token's
-//     components stay for the second half: each thread sums its vectors of the chosen rows of `up`, kRowsAtOnce in
-//     flight.
+//   Mapping: one block of kTokenThreads per token, whose components' rows are worked out once, into shared memory. A
+//     thread reads its 16-byte vectors of x once for kRowsAtOnce rows of `down`; the partial dot products are reduced
+//     by shuffles, then over the warps in shared memory, where the token's components stay for the second half: each
+//     thread sums its vectors of the chosen rows of `up`, kRowsAtOnce in flight.
 //   Traffic: T * (H + O) elements of device memory and, once for all tokens, the weights; T * K * r * (H + O) elements
 //     of L2. Bound: L2.
 // weight_grad_kernel: the gradient of the router weights from both projections, one thread per slot.
@@ -29,29 +29,56 @@ constexpr int kRowsAtOnce = 4;
 constexpr int kExpertWarps = 8;
 // Blocks that a multiprocessor holds: with more of them the kernels would spill.
 constexpr int kTokenBlocks = 8, kExpertBlocks = 2;
+// Any kernel gets 48 KiB of shared memory; token_kernel has some of its own beside the components.
+constexpr size_t kUnaskedSharedBytes = 47 * 1024;
 
 template <typename index_t>
 struct Chosen {
   const index_t* ids;
   const float* weights;
   int64_t num_experts;
-  int rank, topk;  // at most kMostComponents together; a 64-bit division is a call on the device
-
-  // The row of weights that component q of a token stands for, -1 for an id outside [0, num_experts).
-  __device__ int64_t row(int64_t token, int q) const {
-    const int64_t id = ids[token * topk + q / rank];
-    return id >= 0 && id < num_experts ? id * rank + q % rank : -1;
-  }
+  int rank, topk;  // at most kMostComponents together
 };
 
-// rows[r][column] as one vector each, zeros for r past `count` and for a negative row.
+// kRowsAtOnce components of a token, in shared memory: the rows of weights that they stand for, -1 for an id outside
+// [0, num_experts) and past the last component; the weights of their slots, later times the dot products.
+struct Components {
+  Vector<int32_t, kRowsAtOnce> rows;
+  Vector<float, kRowsAtOnce> factors;
+};
+
+template <typename index_t>
+__device__ void store_components(const Chosen<index_t>& chosen, int64_t token, int groups, Components* components) {
+#pragma unroll 1
+  for (int q = threadIdx.x; q < groups * kRowsAtOnce; q += kTokenThreads) {
+    const int slot = q / chosen.rank;
+    const int64_t id = slot < chosen.topk ? chosen.ids[token * chosen.topk + slot] : -1;
+    const bool held = id >= 0 && id < chosen.num_experts;
+    Components& group = components[q / kRowsAtOnce];
+    group.rows.values[q % kRowsAtOnce] = held ? static_cast<int32_t>(id * chosen.rank) + q - slot * chosen.rank : -1;
+    group.factors.values[q % kRowsAtOnce] = held ? chosen.weights[token * chosen.topk + slot] : 0.f;
+  }
+}
+
+// source[place], or zeros. In words, else every element would have an instruction of its own choose between the two.
 template <typename Packed>
-__device__ void load_chosen(const Packed* weight, const int64_t (&row)[kRowsAtOnce], int64_t row_vectors,
+__device__ Packed load_or_zero(const Packed* source, int64_t place, bool held) {
+  using Word = std::conditional_t<sizeof(Packed) % sizeof(uint32_t) == 0, uint32_t, uint16_t>;
+  using Words = Vector<Word, sizeof(Packed) / sizeof(Word)>;
+  Words words{};
+  if (held) words = reinterpret_cast<const Words*>(source)[place];
+  Packed values;
+  memcpy(&values, &words, sizeof(values));
+  return values;
+}
+
+// weight[rows[r]][column] as one vector each, zeros for a negative row.
+template <typename Packed>
+__device__ void load_chosen(const Packed* weight, const Vector<int32_t, kRowsAtOnce>& rows, int64_t row_vectors,
                             int64_t column, Packed (&values)[kRowsAtOnce]) {
 #pragma unroll
   for (int r = 0; r < kRowsAtOnce; ++r) {
-    values[r] = Packed{};
-    if (row[r] >= 0) values[r] = weight[row[r] * row_vectors + column];
+    values[r] = load_or_zero(weight, rows.values[r] * row_vectors + column, rows.values[r] >= 0);
   }
 }
 
@@ -62,21 +89,22 @@ __global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
                  int64_t num_tokens, int64_t in_vectors, int64_t out_vectors) {
   using In = Vector<scalar_t, in_width>;
   using Out = Vector<scalar_t, out_width>;
-  MOE_DYNAMIC_SHARED(float, factors);  // [components]: first the dot products, then those times the weights
+  MOE_DYNAMIC_SHARED(Components, components);  // [groups]
   __shared__ float partial[kTokenWarps][kRowsAtOnce];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int components = chosen.topk * chosen.rank;
+  const int num_components = chosen.topk * chosen.rank;
+  const int groups = static_cast<int>(ceil_div(num_components, kRowsAtOnce));
   for (int64_t token = blockIdx.x; token < num_tokens; token += gridDim.x) {
+    store_components(chosen, token, groups, components);
+    __syncthreads();
     const auto* x = reinterpret_cast<const In*>(input) + token * in_vectors;
-    for (int q = 0; q < components; q += kRowsAtOnce) {
-      int64_t row[kRowsAtOnce];
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) row[r] = q + r < components ? chosen.row(token, q + r) : -1;
+    for (int group = 0; group < groups; ++group) {
+      const Vector<int32_t, kRowsAtOnce> rows = components[group].rows;
       float sums[kRowsAtOnce] = {};
       for (int64_t column = threadIdx.x; column < in_vectors; column += kTokenThreads) {
         const In mine = x[column];
         In values[kRowsAtOnce];
-        load_chosen(reinterpret_cast<const In*>(down), row, in_vectors, column, values);
+        load_chosen(reinterpret_cast<const In*>(down), rows, in_vectors, column, values);
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) {
 #pragma unroll
@@ -94,31 +122,31 @@ __global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
         if (lane == 0) partial[warp][r] = sums[r];
       }
       __syncthreads();
-      if (const int component = q + static_cast<int>(threadIdx.x);
-          threadIdx.x < kRowsAtOnce && component < components) {
+      if (const int component = group * kRowsAtOnce + static_cast<int>(threadIdx.x);
+          threadIdx.x < kRowsAtOnce && component < num_components) {
         float dot = 0.f;
 #pragma unroll
         for (int w = 0; w < kTokenWarps; ++w) dot += partial[w][threadIdx.x];
-        const bool held = chosen.row(token, component) >= 0;
-        projection[token * components + component] = held ? dot : 0.f;
-        factors[component] = held ? dot * chosen.weights[token * chosen.topk + component / chosen.rank] : 0.f;
+        const bool held = components[group].rows.values[threadIdx.x] >= 0;
+        float& factor = components[group].factors.values[threadIdx.x];
+        projection[token * num_components + component] = held ? dot : 0.f;
+        factor = held ? dot * factor : 0.f;
       }
       __syncthreads();
     }
     auto* destination = reinterpret_cast<Out*>(output) + token * out_vectors;
     for (int64_t column = threadIdx.x; column < out_vectors; column += kTokenThreads) {
       float sums[out_width] = {};
-      for (int q = 0; q < components; q += kRowsAtOnce) {
-        int64_t row[kRowsAtOnce];
-#pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) row[r] = q + r < components ? chosen.row(token, q + r) : -1;
+      for (int group = 0; group < groups; ++group) {
+        const Components mine = components[group];
         Out values[kRowsAtOnce];
-        load_chosen(reinterpret_cast<const Out*>(up), row, out_vectors, column, values);
+        load_chosen(reinterpret_cast<const Out*>(up), mine.rows, out_vectors, column, values);
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) {
-          const float factor = row[r] >= 0 ? factors[q + r] : 0.f;
 #pragma unroll
-          for (int i = 0; i < out_width; ++i) sums[i] += factor * static_cast<float>(values[r].values[i]);
+          for (int i = 0; i < out_width; ++i) {
+            sums[i] += mine.factors.values[r] * static_cast<float>(values[r].values[i]);
+          }
         }
       }
       Out rounded;
@@ -126,7 +154,7 @@ __global__ void __launch_bounds__(kTokenThreads, kTokenBlocks)
       for (int i = 0; i < out_width; ++i) rounded.values[i] = static_cast<scalar_t>(sums[i]);
       destination[column] = rounded;
     }
-    __syncthreads();  // factors are read until here
+    __syncthreads();  // the components are read until here
   }
 }
 
@@ -241,7 +269,7 @@ void launch_tokens(const LowRankShape& shape, const Tensor& input, const Tensor&
   const auto* from = down.const_data_ptr<scalar_t>();
   const auto* to = up.const_data_ptr<scalar_t>();
   auto* sums = output.mutable_data_ptr<scalar_t>();
-  const size_t shared_bytes = shape.components() * sizeof(float);
+  const size_t shared_bytes = ceil_div(shape.components(), kRowsAtOnce) * sizeof(Components);
   dispatch_index(ids.scalar_type(), "topk_ids", [&](auto index_tag) {
     using index_t = typename decltype(index_tag)::type;
     const Chosen<index_t> chosen = {ids.const_data_ptr<index_t>(), weights.const_data_ptr<float>(), shape.num_experts,
@@ -249,9 +277,11 @@ void launch_tokens(const LowRankShape& shape, const Tensor& input, const Tensor&
     with_width<scalar_t>(shape.in_features, {x, from}, [&](auto in_width) {
       with_width<scalar_t>(shape.out_features, {to, sums}, [&](auto out_width) {
         const auto blocks = static_cast<unsigned>(std::min(shape.num_tokens, kMaxBlocks));
-        launch_kernel(token_kernel<scalar_t, in_width.value, out_width.value, index_t>, dim3(blocks), kTokenThreads,
-                      shared_bytes, current_stream(input), x, from, to, chosen, projection.mutable_data_ptr<float>(),
-                      sums, shape.num_tokens, shape.in_features / in_width.value, shape.out_features / out_width.value);
+        const auto kernel = token_kernel<scalar_t, in_width.value, out_width.value, index_t>;
+        if (shared_bytes > kUnaskedSharedBytes) allow_shared_bytes(kernel, shared_bytes);
+        launch_kernel(kernel, dim3(blocks), kTokenThreads, shared_bytes, current_stream(input), x, from, to, chosen,
+                      projection.mutable_data_ptr<float>(), sums, shape.num_tokens, shape.in_features / in_width.value,
+                      shape.out_features / out_width.value);
       });
     });
   });

@@ -7,7 +7,8 @@
 //                         scans over experts, and walks its slots 32 at a time; __match_any_sync gives the rank among
 //                         equal experts. It also writes its part of the rows that stay empty.
 //   with drop_scores the scatter writes slots uncapped into a scratch list, and
-//          select_kernel  one block per expert: radix select of the capacity-th score, stable compaction
+//          select_kernel  one block per expert: radix select of the capacity-th score, stable compaction; up to
+//                         kCachedKeys slots of an expert the five passes read keys in shared memory
 // No block waits for another: a look-back would save the second launch, and deadlock where plans on several streams
 // share the machine.
 // Traffic: ids read three times (twice if small), from L2 after the first, 4 bytes written per slot and per row, 4*B*E
@@ -201,18 +202,20 @@ __global__ void __launch_bounds__(kPlanThreads)
 __global__ void __launch_bounds__(kPlanThreads)
     select_kernel(const float* __restrict__ scores, const int32_t* __restrict__ sorted,
                   const int32_t* __restrict__ uncapped_starts, PlanShape shape, PlanOutputs out) {
+  MOE_DYNAMIC_SHARED(uint32_t, key_cache);
   for (int64_t expert = blockIdx.x; expert < shape.num_experts; expert += gridDim.x) {
     const int32_t* slots = sorted + uncapped_starts[expert];
     const int count = uncapped_starts[expert + 1] - uncapped_starts[expert];
     const int capacity = static_cast<int>(shape.capacity);
     const bool keep_all = count <= capacity;
     int ties = 0;
-    const auto key_of = [&](int64_t i) { return ordered_key(scores[slots[i]]); };
-    const uint32_t threshold = keep_all || capacity == 0 ? 0 : select_threshold(key_of, count, capacity, &ties);
+    const auto key_of_place = [&](int64_t i) { return ordered_key(scores[slots[i]]); };
+    const CachedKeys key_of(key_of_place, keep_all ? 0 : count, key_cache);
+    const uint32_t threshold = keep_all ? 0 : select_threshold(key_of, count, capacity, &ties);
     int kept = 0, ties_seen = 0;
-    for (int first = 0; capacity > 0 && first < count; first += kPlanThreads) {
+    for (int first = 0; first < count; first += kPlanThreads) {
       const int i = first + threadIdx.x;
-      const uint32_t key = i < count ? key_of(i) : 0;
+      const uint32_t key = i < count && !keep_all ? key_of(i) : 0;
       const bool tied = i < count && !keep_all && key == threshold;
       int total_ties, total_kept;
       const int tie_rank = ties_seen + block_exclusive_scan(tied, &total_ties);
@@ -250,10 +253,10 @@ void launch_plan(const Tensor& ids, const std::optional<Tensor>& scores, const P
   const size_t shared = (counting_warps(shape.num_experts) + 1) * shape.num_experts * sizeof(int);
   launch_kernel(scatter_kernel<index_t>, blocks, kPlanThreads, shared, stream, id, shape, block_counts, out, sorted,
                 uncapped_starts);
-  if (scores) {
+  if (scores && shape.capacity > 0) {
     const auto experts = static_cast<unsigned>(std::min<int64_t>(shape.num_experts, kMaxBlocks));
-    launch_kernel(select_kernel, experts, kPlanThreads, 0, stream, scores->const_data_ptr<float>(), sorted,
-                  uncapped_starts, shape, out);
+    launch_kernel(select_kernel, experts, kPlanThreads, cached_key_bytes(shape.num_slots), stream,
+                  scores->const_data_ptr<float>(), sorted, uncapped_starts, shape, out);
   }
 }
 
