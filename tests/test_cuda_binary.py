@@ -9,6 +9,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,20 +53,25 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def disassembled(folder: Path, *marks: str) -> Iterator[tuple[str, str, str]]:
+    """Architecture, mangled name and SASS of the library's kernels whose names hold a mark. Cubins go to `folder`."""
+    subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=folder, check=True, capture_output=True)
+    for cubin in sorted(folder.glob("*.cubin")):
+        if not any(mark.encode() in cubin.read_bytes() for mark in marks):
+            continue
+        arch = "sm_90a" if "sm_90a" in cubin.name else "sm_80"
+        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
+            name = part.split(",", 1)[0]
+            if any(mark in name for mark in marks):
+                yield arch, name, part
+
+
 @pytest.fixture(scope="module")
 def code_of_kernels(tmp_path_factory) -> dict[str, dict[str, str]]:
     """Architecture -> mangled kernel name -> SASS, of the tensor-core kernels."""
-    folder = tmp_path_factory.mktemp("cubins")
-    subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=folder, check=True, capture_output=True)
     code: dict[str, dict[str, str]] = {"sm_80": {}, "sm_90a": {}}
-    for cubin in sorted(folder.glob("*.cubin")):
-        arch = "sm_90a" if "sm_90a" in cubin.name else "sm_80"
-        if not any(name in cubin.read_bytes() for name in (b"cutlass", b"product_kernel")):
-            continue
-        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
-            name = part.split(",", 1)[0]
-            if "cutlass" in name or "product_kernel" in name:
-                code[arch][name] = part
+    for arch, name, sass in disassembled(tmp_path_factory.mktemp("cubins"), "cutlass", "product_kernel"):
+        code[arch][name] = sass
     return code
 
 
@@ -87,18 +93,9 @@ def resources() -> dict[str, dict[str, int]]:
 @pytest.fixture(scope="module")
 def row_kernels(tmp_path_factory) -> dict[str, str]:
     """Mangled name, with its architecture -> SASS of the vectorised instantiations of ROW_KERNELS."""
-    folder = tmp_path_factory.mktemp("row_cubins")
-    subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=folder, check=True, capture_output=True)
-    code = {}
-    for cubin in sorted(folder.glob("*.cubin")):
-        if not any(f"{len(kernel)}{kernel}I".encode() in cubin.read_bytes() for kernel in ROW_KERNELS):
-            continue
-        arch = "sm_90a" if "sm_90a" in cubin.name else "sm_80"
-        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
-            name = part.split(",", 1)[0]
-            if kernel_of(name) and any(width in name for width in WIDTHS):
-                code[f"{arch} {name}"] = part
-    return code
+    marks = [f"{len(kernel)}{kernel}I" for kernel in ROW_KERNELS]
+    found = disassembled(tmp_path_factory.mktemp("row_cubins"), *marks)
+    return {f"{arch} {name}": sass for arch, name, sass in found if any(width in name for width in WIDTHS)}
 
 
 def kernel_of(name: str) -> str | None:
@@ -221,22 +218,15 @@ def test_rows_move_in_16_byte_accesses(row_kernels):
 
 def test_received_rows_leave_in_whole_vectors(tmp_path):
     """Four pieces of a segment, as they came or dequantised: the compiler takes no vector apart into its elements."""
-    subprocess.run(
-        [find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=tmp_path, check=True, capture_output=True
-    )
     found = 0
-    for cubin in sorted(tmp_path.glob("*.cubin")):
-        if b"unpack_rows_kernel" not in cubin.read_bytes():
+    for arch, name, sass in disassembled(tmp_path, "unpack_rows_kernel"):
+        if (kind := re.search(r"unpack_rows_kernelI(.*)Lb([01])ELi[48]E", name)) is None:
             continue
-        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
-            name = part.split(",", 1)[0]
-            if (kind := re.search(r"unpack_rows_kernelI(.*)Lb([01])ELi[48]E", name)) is None:
-                continue
-            found += 1
-            width = 64 if kind[1] != "f" and kind[2] == "1" else 128
-            stores = re.findall(r"\bSTG\.\S+", part)
-            assert stores.count(f"STG.E.{width}") == 4, f"{cubin.name} {name}: {stores}"
-            assert not any("U16" in store for store in stores), f"{cubin.name} {name}: {stores}"
+        found += 1
+        width = 64 if kind[1] != "f" and kind[2] == "1" else 128
+        stores = re.findall(r"\bSTG\.\S+", sass)
+        assert stores.count(f"STG.E.{width}") == 4, f"{arch} {name}: {stores}"
+        assert not any("U16" in store for store in stores), f"{arch} {name}: {stores}"
     assert found == 2 * 3 * 2  # architectures, dtypes, as they are or e4m3
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 
 import pytest
 
-from test_cuda_binary import LIBRARY, find_tool, run
+from test_cuda_binary import LIBRARY, disassembled
 
 KERNEL = "small_rows_kernel"
 
@@ -17,16 +16,9 @@ pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="moe_ext was built 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory) -> dict[str, dict[str, str]]:
     """Architecture -> mangled kernel name -> SASS."""
-    folder = tmp_path_factory.mktemp("cubins")
-    subprocess.run([find_tool("cuobjdump"), "-xelf", "all", str(LIBRARY)], cwd=folder, check=True, capture_output=True)
     found: dict[str, dict[str, str]] = {"sm_80": {}, "sm_90a": {}}
-    for cubin in sorted(folder.glob("*.cubin")):
-        if KERNEL.encode() not in cubin.read_bytes():
-            continue
-        for part in run(find_tool("nvdisasm"), "-c", str(cubin)).split(".section\t.text.")[1:]:
-            name = part.split(",", 1)[0]
-            if KERNEL in name:
-                found["sm_90a" if "sm_90a" in cubin.name else "sm_80"][name] = part
+    for arch, name, sass in disassembled(tmp_path_factory.mktemp("cubins"), KERNEL):
+        found[arch][name] = sass
     return found
 
 

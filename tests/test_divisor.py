@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from host_library import compile_library
 
 PROGRAM = r"""
 #include "common/divisor.h"
@@ -34,16 +34,8 @@ extern "C" long long mistakes(long long divisor, long long near) {
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("divisor")
-    (folder / "divisor.cpp").write_text(PROGRAM)
     source = Path(__file__).resolve().parent.parent / "csrc"
-    library = folder / "divisor.so"
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{source}", "divisor.cpp", "-o", str(library)]
-    subprocess.run(command, cwd=folder, check=True)
-    found = ctypes.CDLL(str(library)).mistakes
+    found = compile_library(PROGRAM, source, tmp_path_factory.mktemp("divisor")).mistakes
     found.restype = ctypes.c_longlong
     found.argtypes = [ctypes.c_longlong] * 2
     return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from host_library import find_compiler
 
 EMULATION = Path(__file__).resolve().parent / "emulation"
 PROGRAM = r"""
@@ -181,9 +182,7 @@ MESSAGES = {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
+    compiler = find_compiler()
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "rules.cpp").write_text(PROGRAM)
     sources = [str(folder / "rules.cpp"), *(str(EMULATION / f"{name}_emulator.cpp") for name in ("cuda", "hopper"))]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from host_library import compile_library
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc/plan"
 # The whole plan as the kernels make it, block by block, from the functions that they share with it; visits counts the
@@ -77,15 +77,7 @@ LANES, WARPS, THREADS, SHARED_WORDS = 32, 16, 512, 12000
 
 @pytest.fixture(scope="module")
 def partition(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("partition")
-    (folder / "partition.cpp").write_text(PROGRAM)
-    library = folder / "partition.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SOURCE}", "partition.cpp", "-o", str(library)]
-    subprocess.run(command, cwd=folder, check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = compile_library(PROGRAM, SOURCE, tmp_path_factory.mktemp("partition"))
     long, pointer = ctypes.c_longlong, ctypes.c_void_p
     loaded.blocks.restype = long
     loaded.blocks.argtypes = [long] * 2

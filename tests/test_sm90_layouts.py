@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from host_library import find_compiler
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = r"""
 #include <cstdio>
@@ -102,9 +104,7 @@ def include_directories() -> list[Path]:
 
 
 def test_layouts_and_descriptors_are_those_of_cute(tmp_path):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
+    compiler = find_compiler()
     (tmp_path / "layouts.cpp").write_text(PROGRAM)
     includes = [f"-I{path}" for path in include_directories()]
     command = [compiler, "-std=c++20", "-O0", "-w", *includes, "layouts.cpp", "-o", "layouts"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from host_library import compile_library
 from test_tile_scheduler import group_sizes
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc/grouped_gemm/small_rows"
@@ -39,15 +38,7 @@ TILE_COLUMNS, GROUP_LANES = 64, 8
 
 @pytest.fixture(scope="module")
 def schedule(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("schedule")
-    (folder / "schedule.cpp").write_text(PROGRAM)
-    library = folder / "schedule.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SOURCE}", "schedule.cpp", "-o", str(library)]
-    subprocess.run(command, cwd=folder, check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = compile_library(PROGRAM, SOURCE, tmp_path_factory.mktemp("schedule"))
     loaded.bound.restype = ctypes.c_longlong
     loaded.bound.argtypes = [ctypes.c_longlong] * 4
     loaded.find.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_int,

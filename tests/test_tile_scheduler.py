@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from host_library import compile_library
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc/grouped_gemm"
 PROGRAM = """
@@ -47,15 +47,7 @@ extern "C" int choose(long long groups, long long rows, long long columns, long 
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if not compiler:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("scheduler")
-    (folder / "scheduler.cpp").write_text(PROGRAM)
-    library = folder / "scheduler.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SOURCE}", "scheduler.cpp", "-o", str(library)]
-    subprocess.run(command, cwd=folder, check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = compile_library(PROGRAM, SOURCE, tmp_path_factory.mktemp("scheduler"))
     loaded.bound.restype = ctypes.c_longlong
     loaded.bound.argtypes = [ctypes.c_longlong] * 3
     loaded.find.argtypes = [ctypes.c_void_p, *[ctypes.c_longlong] * 4, ctypes.c_void_p]

@@ -66,10 +66,8 @@ struct FetchOnly {
 };
 
 #if defined(__AVX512F__)
-// Units of 32 bits that lie in memory as they are packed.
 template <typename Format>
-constexpr bool kPacksAhead =
-    sizeof(typename Format::Unit) == 4 && sizeof(typename Format::Element) * Format::kPerUnit == 4;
+constexpr bool kPacksAhead = kLiesInUnits<Format>;
 
 // One piece at a time, without a loop: several in a row are more than a core looks ahead. Two where there are too few
 // strips for that, rather than the rest of them after the last.

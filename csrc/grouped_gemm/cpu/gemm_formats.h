@@ -154,6 +154,10 @@ template <typename Format>
 using SumVec = typename Simd<typename Format::Sum>::Vec;
 template <typename Format>
 constexpr int kLanes = Simd<typename Format::Unit>::kLanes;
+// Whether its units are 32 bits that lie in memory as the multiply-adds take them.
+template <typename Format>
+constexpr bool kLiesInUnits =
+    sizeof(typename Format::Unit) == 4 && sizeof(typename Format::Element) * Format::kPerUnit == 4;
 template <typename Format>
 constexpr int kPanelCols = 2 * kLanes<Format>;
 

@@ -13,10 +13,6 @@ namespace {
 using Turned = decltype(GemmKernels::turned);
 
 #if defined(__AVX512F__)
-// Units of 32 bits that lie in memory as the multiply-adds take them.
-template <typename Format>
-constexpr bool kTurns = sizeof(typename Format::Unit) == 4 && sizeof(typename Format::Element) * Format::kPerUnit == 4;
-
 constexpr int kTurnedLanes = 16;
 // Columns of a strip.
 template <int kVectors>
@@ -132,7 +128,7 @@ void turned(const void* rows, int64_t panel_units, int64_t num_rows, const char*
 
 template <typename Format>
 constexpr Turned turned_if_any() {
-  if constexpr (kTurns<Format>) return &turned<Format>;
+  if constexpr (kLiesInUnits<Format>) return &turned<Format>;
   return nullptr;
 }
 template <typename Format>

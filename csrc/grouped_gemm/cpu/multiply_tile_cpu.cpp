@@ -435,8 +435,8 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const bool swept = way == Way::kAxpy;
   int64_t wider = 1;
   if (way == Way::kPacked && rows <= kTileRows / 2) wider = rows * kernels.unit_bytes <= kWideRowsBytes ? 4 : 2;
-  if (way == Way::kTurned) wider = 8;
-  if (way == Way::kPacked && left_stays(product, std::min(rows, kTileRows), kernels)) wider = 8;
+  const bool stays = way == Way::kPacked && left_stays(product, std::min(rows, kTileRows), kernels);
+  if (stays || way == Way::kTurned) wider = 8;
   const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;

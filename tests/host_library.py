@@ -1,0 +1,26 @@
+"""Pieces of the CUDA sources that a host compiler takes, as a library for ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def find_compiler() -> str:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    return compiler
+
+
+def compile_library(program: str, include: Path, folder: Path) -> ctypes.CDLL:
+    """`program` with `include` on its path, compiled in `folder`."""
+    (folder / "program.cpp").write_text(program)
+    library = folder / "program.so"
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{include}"]
+    subprocess.run([find_compiler(), *options, "program.cpp", "-o", str(library)], cwd=folder, check=True)
+    return ctypes.CDLL(str(library))
