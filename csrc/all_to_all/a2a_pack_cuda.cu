@@ -7,6 +7,7 @@
 #include "../common/cuda_launch.h"
 #include "../permutation/permute.h"
 #include "../permutation/unpermute.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -58,12 +59,11 @@ std::tuple<Tensor, Tensor, Tensor> a2a_pack(const Tensor& hidden, const Tensor& 
       check_a2a_pack(hidden, topk_ids, topk_weights, rank_expert_offsets, send_offsets, send_to_slot, slot_to_send);
   const DeviceGuard guard(hidden.get_device_index());
   Tensor send_hidden = permute(hidden, send_to_slot, slot_to_send, shape.slots);
-  const Tensor ids = torch::stable::contiguous(topk_ids), weights = torch::stable::contiguous(topk_weights);
-  const Tensor owners = torch::stable::contiguous(rank_expert_offsets),
-               starts = torch::stable::contiguous(send_offsets);
-  const Tensor slots = torch::stable::contiguous(send_to_slot);
-  Tensor send_ids = torch::stable::new_empty(topk_ids, {shape.num_rows, shape.topk}, ScalarType::Int);
-  Tensor send_weights = torch::stable::new_empty(topk_weights, {shape.num_rows, shape.topk});
+  const Tensor ids = as_contiguous(topk_ids), weights = as_contiguous(topk_weights);
+  const Tensor owners = as_contiguous(rank_expert_offsets), starts = as_contiguous(send_offsets);
+  const Tensor slots = as_contiguous(send_to_slot);
+  Tensor send_ids = make_tensor(topk_ids, {shape.num_rows, shape.topk}, ScalarType::Int);
+  Tensor send_weights = make_tensor(topk_weights, {shape.num_rows, shape.topk});
   if (shape.num_rows == 0) return {send_hidden, send_ids, send_weights};
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
     using index_t = typename decltype(tag)::type;
@@ -83,11 +83,10 @@ std::tuple<Tensor, Tensor> a2a_pack_backward(const Tensor& grad_send_hidden, con
                                                   send_offsets, send_to_slot, slot_to_send);
   const DeviceGuard guard(grad_send_hidden.get_device_index());
   Tensor grad_hidden = unpermute(grad_send_hidden, send_to_slot, slot_to_send, std::nullopt, shape.slots);
-  const Tensor ids = torch::stable::contiguous(topk_ids), grads = torch::stable::contiguous(grad_send_weights);
-  const Tensor owners = torch::stable::contiguous(rank_expert_offsets),
-               starts = torch::stable::contiguous(send_offsets);
-  const Tensor rows = torch::stable::contiguous(slot_to_send);
-  Tensor grad_weights = torch::stable::new_empty(grad_send_weights, {shape.num_tokens, shape.topk});
+  const Tensor ids = as_contiguous(topk_ids), grads = as_contiguous(grad_send_weights);
+  const Tensor owners = as_contiguous(rank_expert_offsets), starts = as_contiguous(send_offsets);
+  const Tensor rows = as_contiguous(slot_to_send);
+  Tensor grad_weights = make_tensor(grad_send_weights, {shape.num_tokens, shape.topk});
   if (shape.num_tokens == 0) return {grad_hidden, grad_weights};
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
     using index_t = typename decltype(tag)::type;

@@ -11,6 +11,7 @@
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
 #include "fp8_block.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -68,12 +69,10 @@ Tensor a2a_pack_rows(const Tensor& hidden, const Tensor& topk_ids, const std::op
                      const Tensor& slot_to_send, std::string payload, int64_t copies) {
   const auto [shape, row, _] = check_a2a_pack_rows(hidden, topk_ids, topk_weights, rank_expert_offsets, send_offsets,
                                                    send_to_slot, slot_to_send, payload, copies);
-  const Tensor source = torch::stable::contiguous(hidden), ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> weights =
-      topk_weights ? std::optional(torch::stable::contiguous(*topk_weights)) : std::nullopt;
-  const Tensor owners = torch::stable::contiguous(rank_expert_offsets),
-               starts = torch::stable::contiguous(send_offsets);
-  const Tensor slots = torch::stable::contiguous(send_to_slot);
+  const Tensor source = as_contiguous(hidden), ids = as_contiguous(topk_ids);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights);
+  const Tensor owners = as_contiguous(rank_expert_offsets), starts = as_contiguous(send_offsets);
+  const Tensor slots = as_contiguous(send_to_slot);
   const std::optional<QuantisedRows> quantised = row.scales ? std::optional(QuantisedRows(source, row)) : std::nullopt;
   const auto* const rows = static_cast<const char*>((quantised ? quantised->bytes : source).const_data_ptr());
   // A row is its elements up to a multiple of 16 bytes, which are copied, and the rest, which is put together first.

@@ -9,6 +9,7 @@
 
 #include "../common/row_access.h"
 #include "fp8_block.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -158,13 +159,11 @@ Tensor a2a_pack_rows(const Tensor& hidden, const Tensor& topk_ids, const std::op
   const PackRows pack = check_a2a_pack_rows(hidden, topk_ids, topk_weights, rank_expert_offsets, send_offsets,
                                             send_to_slot, slot_to_send, payload, copies);
   const DeviceGuard guard(hidden.get_device_index());
-  const Tensor source = torch::stable::contiguous(hidden), ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> weights =
-      topk_weights ? std::optional(torch::stable::contiguous(*topk_weights)) : std::nullopt;
-  const Tensor owners = torch::stable::contiguous(rank_expert_offsets),
-               starts = torch::stable::contiguous(send_offsets);
-  const Tensor slots = torch::stable::contiguous(send_to_slot);
-  Tensor packed = torch::stable::new_empty(hidden, {pack.shape.num_rows, pack.row.row_bytes}, ScalarType::Byte);
+  const Tensor source = as_contiguous(hidden), ids = as_contiguous(topk_ids);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights);
+  const Tensor owners = as_contiguous(rank_expert_offsets), starts = as_contiguous(send_offsets);
+  const Tensor slots = as_contiguous(send_to_slot);
+  Tensor packed = make_tensor(hidden, {pack.shape.num_rows, pack.row.row_bytes}, ScalarType::Byte);
   if (pack.shape.num_rows == 0) return packed;
   const bool quantised = pack.row.scales > 0;
   const int64_t segment_bytes = kPiecesPerLane * (quantised ? kScaleBlock : kWarpSize * kVectorBytes);

@@ -8,6 +8,7 @@
 
 #include "../common/cpu_parallel.h"
 #include "../plan/routing_plan.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 
@@ -47,8 +48,8 @@ void write_ranks(const int32_t* ranks, int64_t topk, int64_t num_ranks, int64_t 
 std::tuple<Tensor, Tensor, Tensor, Tensor> a2a_plan(const Tensor& topk_ids, const Tensor& rank_expert_offsets) {
   const int64_t num_ranks = check_a2a_plan(topk_ids, rank_expert_offsets);
   const int64_t num_tokens = topk_ids.size(0), topk = topk_ids.size(1), slots = slots_per_token(topk, num_ranks);
-  const Tensor ids = torch::stable::contiguous(topk_ids), owners = torch::stable::contiguous(rank_expert_offsets);
-  Tensor rank_ids = torch::stable::new_empty(topk_ids, {num_tokens, slots}, ScalarType::Int);
+  const Tensor ids = as_contiguous(topk_ids), owners = as_contiguous(rank_expert_offsets);
+  Tensor rank_ids = make_tensor(topk_ids, {num_tokens, slots}, ScalarType::Int);
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
     const auto* id = ids.const_data_ptr<typename decltype(tag)::type>();
     const auto* offsets = owners.const_data_ptr<int32_t>();

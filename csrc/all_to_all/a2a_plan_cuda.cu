@@ -8,6 +8,7 @@
 
 #include "../common/cuda_launch.h"
 #include "../plan/routing_plan.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -41,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> a2a_plan(const Tensor& topk_ids, cons
   const int64_t num_ranks = check_a2a_plan(topk_ids, rank_expert_offsets);
   const DeviceGuard guard(topk_ids.get_device_index());
   const int64_t num_tokens = topk_ids.size(0), topk = topk_ids.size(1), slots = slots_per_token(topk, num_ranks);
-  const Tensor ids = torch::stable::contiguous(topk_ids), owners = torch::stable::contiguous(rank_expert_offsets);
-  Tensor rank_ids = torch::stable::new_empty(topk_ids, {num_tokens, slots}, ScalarType::Int);
+  const Tensor ids = as_contiguous(topk_ids), owners = as_contiguous(rank_expert_offsets);
+  Tensor rank_ids = make_tensor(topk_ids, {num_tokens, slots}, ScalarType::Int);
   if (num_tokens > 0) {
     dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
       using index_t = typename decltype(tag)::type;

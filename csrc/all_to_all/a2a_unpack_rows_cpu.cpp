@@ -10,6 +10,7 @@
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
 #include "fp8_block.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -47,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> a2a_unpack_rows(const Tensor& rows, int64_t h
                                                    ScalarType dtype, std::string payload, bool weighted) {
   const PackedRow row = check_a2a_unpack_rows(rows, hidden_size, topk, dtype, payload, weighted);
   const int64_t num_rows = rows.size(0);
-  const Tensor source = torch::stable::contiguous(rows);
+  const Tensor source = as_contiguous(rows);
   Tensor hidden = new_empty_large(rows, {num_rows, hidden_size}, dtype);
-  Tensor ids = torch::stable::new_empty(rows, {num_rows, topk}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(rows, {weighted ? num_rows : 0, topk}, router_dtype(dtype));
+  Tensor ids = make_tensor(rows, {num_rows, topk}, ScalarType::Int);
+  Tensor weights = make_tensor(rows, {weighted ? num_rows : 0, topk}, router_dtype(dtype));
   dispatch_floating(dtype, "dtype", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const auto* input = static_cast<const char*>(source.const_data_ptr());

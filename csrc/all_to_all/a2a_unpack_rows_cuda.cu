@@ -9,6 +9,7 @@
 
 #include "../common/row_access.h"
 #include "fp8_block.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -131,12 +132,12 @@ std::tuple<Tensor, Tensor, Tensor> a2a_unpack_rows(const Tensor& rows, int64_t h
   const PackedRow row = check_a2a_unpack_rows(rows, hidden_size, topk, dtype, payload, weighted);
   const DeviceGuard guard(rows.get_device_index());
   const int64_t num_rows = rows.size(0);
-  const Tensor source = torch::stable::contiguous(rows);
+  const Tensor source = as_contiguous(rows);
   MOE_CHECK(reinterpret_cast<uintptr_t>(source.const_data_ptr()) % kRowBytesAlignment == 0,
             "rows: expected data aligned to 16 bytes");
-  Tensor hidden = torch::stable::new_empty(rows, {num_rows, hidden_size}, dtype);
-  Tensor ids = torch::stable::new_empty(rows, {num_rows, topk}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(rows, {weighted ? num_rows : 0, topk}, router_dtype(dtype));
+  Tensor hidden = make_tensor(rows, {num_rows, hidden_size}, dtype);
+  Tensor ids = make_tensor(rows, {num_rows, topk}, ScalarType::Int);
+  Tensor weights = make_tensor(rows, {weighted ? num_rows : 0, topk}, router_dtype(dtype));
   if (num_rows == 0) return {hidden, ids, weights};
   const bool quantised = row.scales > 0;
   const int64_t segment_bytes = kPiecesPerLane * (quantised ? kScaleBlock : kWarpSize * kVectorBytes);

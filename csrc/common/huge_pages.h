@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "checks.h"
+#include "tensors.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -126,7 +127,7 @@ inline void* allocate_on_huge_pages(size_t bytes) { return std::aligned_alloc(40
 
 #endif
 
-// torch::stable::new_empty of a floating or byte CPU tensor; where it is large, on huge pages that are kept.
+// make_tensor of a floating or byte CPU tensor; where it is large, on huge pages that are kept.
 inline Tensor new_empty_large(const Tensor& like, std::initializer_list<int64_t> sizes,
                               std::optional<ScalarType> dtype = std::nullopt) {
 #ifdef MOE_EXT_LARGE_BUFFERS
@@ -142,7 +143,7 @@ inline Tensor new_empty_large(const Tensor& like, std::initializer_list<int64_t>
     }
   }
 #endif
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  return make_tensor(like, sizes, dtype);
 }
 
 }  // namespace moe_ext

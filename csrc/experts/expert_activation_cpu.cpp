@@ -5,11 +5,12 @@
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
 #include "activation_rows.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 
 Tensor activate_rows(const Tensor& pre_activation, const ActivationSpec& spec) {
-  const Tensor rows = torch::stable::contiguous(pre_activation);
+  const Tensor rows = as_contiguous(pre_activation);
   const int64_t row_width = rows.size(1), width = spec.output_width(row_width);
   Tensor output = new_empty_large(rows, {rows.size(0), width});
   dispatch_floating(rows.scalar_type(), "pre_activation", [&](auto tag) {
@@ -41,8 +42,8 @@ Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_a
                                   std::string gate_up_layout, double activation_alpha, double activation_limit) {
   const ActivationSpec spec = check_expert_activation_backward(grad_output, pre_activation, activation, gate_up_layout,
                                                                activation_alpha, activation_limit);
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const Tensor rows = torch::stable::contiguous(pre_activation);
+  const Tensor gradient = as_contiguous(grad_output);
+  const Tensor rows = as_contiguous(pre_activation);
   const int64_t row_width = rows.size(1), width = spec.output_width(row_width);
   Tensor grad_rows = new_empty_large(rows, {rows.size(0), row_width});
   dispatch_floating(rows.scalar_type(), "pre_activation", [&](auto tag) {

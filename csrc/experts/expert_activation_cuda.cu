@@ -13,6 +13,7 @@
 #include "../common/row_access.h"
 #include "activation_epilogue.h"
 #include "activation_vectors.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -163,15 +164,15 @@ void add_bias(Tensor& product, const Tensor& bias, const Tensor& expert_offsets)
 
 Tensor activate_with_bias(Tensor& product, const std::optional<Tensor>& bias, const Tensor& expert_offsets,
                           const ActivationSpec& spec, bool keep_pre_activation) {
-  Tensor output = torch::stable::new_empty(product, {product.size(0), spec.output_width(product.size(1))});
+  Tensor output = make_tensor(product, {product.size(0), spec.output_width(product.size(1))});
   launch_forward(product, &output, bias, &expert_offsets, spec, keep_pre_activation);
   return output;
 }
 
 Tensor activate_rows(const Tensor& pre_activation, const ActivationSpec& spec) {
   const DeviceGuard guard(pre_activation.get_device_index());
-  Tensor rows = torch::stable::contiguous(pre_activation);
-  Tensor output = torch::stable::new_empty(rows, {rows.size(0), spec.output_width(rows.size(1))});
+  Tensor rows = as_contiguous(pre_activation);
+  Tensor output = make_tensor(rows, {rows.size(0), spec.output_width(rows.size(1))});
   launch_forward(rows, &output, std::nullopt, nullptr, spec, false);
   return output;
 }
@@ -187,10 +188,10 @@ Tensor expert_activation_backward(const Tensor& grad_output, const Tensor& pre_a
   const ActivationSpec spec = check_expert_activation_backward(grad_output, pre_activation, activation, gate_up_layout,
                                                                activation_alpha, activation_limit);
   const DeviceGuard guard(pre_activation.get_device_index());
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const Tensor rows = torch::stable::contiguous(pre_activation);
+  const Tensor gradient = as_contiguous(grad_output);
+  const Tensor rows = as_contiguous(pre_activation);
   const int64_t num_rows = rows.size(0), out_width = gradient.size(1);
-  Tensor grad_rows = torch::stable::new_empty(rows, {num_rows, rows.size(1)});
+  Tensor grad_rows = make_tensor(rows, {num_rows, rows.size(1)});
   if (num_rows == 0 || out_width == 0) return grad_rows;
   dispatch_floating_cuda(rows.scalar_type(), "pre_activation", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

@@ -2,7 +2,7 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "../common/stream_rows.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "down_gradient.h"
@@ -51,16 +51,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const MlpGradientMask wanted =
       check_mlp_output_mask(output_mask, topk_weights.has_value(), gate_up_bias.has_value(), down_bias.has_value());
   check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
-  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
+  const std::optional<Tensor> trainable = as_contiguous(trainable_experts);
   const bool* trains = trainable ? trainable->const_data_ptr<bool>() : nullptr;
   const bool enk = check_weight_layout(weight_layout) == WeightLayout::kENK;
   // The layout under which the same memory multiplies gradients.
   const WeightLayout backward_layout = enk ? WeightLayout::kEKN : WeightLayout::kENK;
   const ScalarType dtype = input.scalar_type();
-  const Tensor tokens = torch::stable::contiguous(input), slots = torch::stable::contiguous(permuted_to_slot);
-  const Tensor gradient = torch::stable::contiguous(grad_output), kept = torch::stable::contiguous(pre_activation);
+  const Tensor tokens = as_contiguous(input), slots = as_contiguous(permuted_to_slot);
+  const Tensor gradient = as_contiguous(grad_output), kept = as_contiguous(pre_activation);
   const Tensor gate_up = with_adjacent_elements(gate_up_weight), down = with_adjacent_elements(down_weight);
-  const std::optional<Tensor> weights = contiguous_if_any(topk_weights), bias = contiguous_if_any(down_bias);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights), bias = as_contiguous(down_bias);
   const RowMaps& maps = shape.maps;
   const int64_t num_rows = maps.num_rows, width = shape.gate_up_width;
   const int64_t inner = shape.intermediate_size, hidden = shape.hidden_size, num_experts = shape.num_experts;
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const int64_t panels = (inner + kernels.panel_cols - 1) / kernels.panel_cols;
   Tensor activated = new_empty_large(input, {pipeline.num_rows(), inner});
   Tensor grad_pre = new_empty_large(input, {pipeline.num_rows(), width});
-  Tensor dots = torch::stable::new_empty(input, {pipeline.num_rows(), panels}, ScalarType::Double);
+  Tensor dots = make_tensor(input, {pipeline.num_rows(), panels}, ScalarType::Double);
 
   const DownGradient down_gradient(dtype, shape.activation, width);
   const auto rows_of = [&](size_t index) {
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
     }
   });
   Tensor grad_down_bias = wanted.down_bias ? sum_rows_by_expert(gradient, expert_offsets, slots, weights, topk, dtype)
-                                           : torch::stable::new_empty(input, {0, hidden});
+                                           : make_tensor(input, {0, hidden});
   return {wanted.input ? unpermute(grad_rows, permuted_to_slot, slot_to_permuted, std::nullopt, topk) : grad_rows,
           grad_gate_up,
           grad_down,

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "../common/huge_pages.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "expert_pipeline.h"
 #include "up_projection.h"
 
@@ -25,9 +25,9 @@ std::tuple<Tensor, Tensor> moe_mlp(const Tensor& input, const Tensor& gate_up_we
                                        activation, gate_up_layout, activation_alpha, activation_limit);
   check_trainable_experts(trainable_experts, shape.num_experts, input, "input");
   const WeightLayout layout = check_weight_layout(weight_layout);
-  const Tensor tokens = torch::stable::contiguous(input), slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor tokens = as_contiguous(input), slots = as_contiguous(permuted_to_slot);
   const Tensor gate_up = with_adjacent_elements(gate_up_weight), down = with_adjacent_elements(down_weight);
-  const std::optional<Tensor> up_bias = contiguous_if_any(gate_up_bias), out_bias = contiguous_if_any(down_bias);
+  const std::optional<Tensor> up_bias = as_contiguous(gate_up_bias), out_bias = as_contiguous(down_bias);
   const int64_t num_rows = shape.maps.num_rows, width = shape.gate_up_width;
   const int64_t inner = shape.intermediate_size, hidden = shape.hidden_size;
   const auto size = static_cast<int64_t>(input.element_size());

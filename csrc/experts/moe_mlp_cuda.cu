@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "../grouped_gemm/grouped_gemm.h"
 #include "../grouped_gemm/grouped_gemm_wgrad.h"
@@ -67,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
                                     a.slot_to_permuted, topk, "none", "concatenated", activation_alpha,
                                     activation_limit, false));
   };
-  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const std::optional<Tensor> weights = contiguous_if_any(topk_weights);
-  const std::optional<Tensor> bias = contiguous_if_any(down_bias);
-  const Tensor offsets = torch::stable::contiguous(expert_offsets);
-  const Tensor rows = torch::stable::contiguous(pre_activation);
+  const Tensor slots = as_contiguous(permuted_to_slot);
+  const Tensor gradient = as_contiguous(grad_output);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights);
+  const std::optional<Tensor> bias = as_contiguous(down_bias);
+  const Tensor offsets = as_contiguous(expert_offsets);
+  const Tensor rows = as_contiguous(pre_activation);
 
   const MlpRows mlp_rows = {rows, gradient, offsets, slots, weights, bias, shape.maps, shape.activation};
   const std::optional<MlpRowGradients> fused = fused_mlp_rows_backward(mlp_rows, down_weight, backward_layout);
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
   const GatheredRows grad_rows = gather(gradient);
   const MlpRowGradients row_gradients = fused ? *fused : mlp_rows_backward(mlp_rows, multiply(grad_rows, down_weight));
   const auto empty_like = [&](const Tensor& weight) {
-    return torch::stable::new_empty(weight, {0, weight.size(1), weight.size(2)});
+    return make_tensor(weight, {0, weight.size(1), weight.size(2)});
   };
   // The gathered side is wgrad's `input`, so the two factors of the down projection change places.
   const auto weight_gradient = [&](const GatheredRows& a, const Tensor& grad, const std::string& layout) {
@@ -99,15 +99,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_mlp_backward(
       wanted.input
           ? unpermute(multiply({row_gradients.grad_pre_activation, std::nullopt, std::nullopt}, gate_up_weight), slots,
                       slot_to_permuted, std::nullopt, topk)
-          : torch::stable::new_empty(input, {0, shape.hidden_size});
-  const Tensor grad_topk_weights = wanted.topk_weights
-                                       ? row_gradients.grad_topk_weights
-                                       : torch::stable::new_empty(row_gradients.grad_topk_weights, {0, topk});
+          : make_tensor(input, {0, shape.hidden_size});
+  const Tensor grad_topk_weights =
+      wanted.topk_weights ? row_gradients.grad_topk_weights : make_tensor(row_gradients.grad_topk_weights, {0, topk});
   const Tensor grad_gate_up_bias =
       wanted.gate_up_bias ? grouped_bias_grad(row_gradients.grad_pre_activation, expert_offsets, std::nullopt)
-                          : torch::stable::new_empty(input, {0, shape.gate_up_width});
+                          : make_tensor(input, {0, shape.gate_up_width});
   const Tensor grad_down_bias = wanted.down_bias ? down_bias_grad(mlp_rows, down_bias->scalar_type())
-                                                 : torch::stable::new_empty(input, {0, shape.hidden_size});
+                                                 : make_tensor(input, {0, shape.hidden_size});
   return {grad_input, grad_gate_up_weight, grad_down_weight, grad_topk_weights, grad_gate_up_bias, grad_down_bias};
 }
 

@@ -13,6 +13,7 @@
 
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "activation_vectors.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -143,7 +144,7 @@ MlpRowGradients mlp_rows_backward(const MlpRows& rows, Tensor grad_activated) {
   const int64_t row_width = rows.pre_activation.size(1), width = grad_activated.size(1);
   const int64_t hidden_size = rows.grad_output.size(1);
   const DeviceGuard guard(rows.grad_output.get_device_index());
-  Tensor grad_pre_activation = torch::stable::new_empty(rows.pre_activation, {maps.num_rows, row_width});
+  Tensor grad_pre_activation = make_tensor(rows.pre_activation, {maps.num_rows, row_width});
   // Dropped slots have no row: their weight gradient stays zero.
   Tensor grad_weights = torch::stable::new_zeros(rows.grad_output, {rows.topk_weights ? maps.num_tokens : 0, maps.topk},
                                                  ScalarType::Float);
@@ -188,7 +189,7 @@ Tensor down_bias_grad(const MlpRows& rows, ScalarType dtype) {
   const RowMaps maps = rows.maps;
   const int64_t width = rows.grad_output.size(1);
   const DeviceGuard guard(rows.grad_output.get_device_index());
-  Tensor scaled = torch::stable::new_empty(rows.grad_output, {maps.num_rows, width});
+  Tensor scaled = make_tensor(rows.grad_output, {maps.num_rows, width});
   if (maps.num_rows > 0 && width > 0) {
     dispatch_floating_cuda(rows.grad_output.scalar_type(), "grad_output", [&](auto tag) {
       using scalar_t = typename decltype(tag)::type;

@@ -10,6 +10,7 @@
 #include "../grouped_gemm/groups.h"
 #include "../grouped_gemm/launch_arguments.h"
 #include "activation_vectors.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -99,11 +100,11 @@ std::optional<MlpRowGradients> fused_mlp_rows_backward(const MlpRows& rows, cons
 
   const int64_t partials = ceil_div(width, kDifferentiatedColumns);
   MlpRowGradients result = {
-      torch::stable::new_empty(rows.pre_activation, {maps.num_rows, rows.pre_activation.size(1)}),
-      torch::stable::new_empty(gradient, {maps.num_rows, width}),
+      make_tensor(rows.pre_activation, {maps.num_rows, rows.pre_activation.size(1)}),
+      make_tensor(gradient, {maps.num_rows, width}),
       // Dropped slots have no row: their weight gradient stays zero.
       torch::stable::new_zeros(gradient, {rows.topk_weights ? maps.num_tokens : 0, maps.topk}, ScalarType::Float)};
-  Tensor partial_dots = torch::stable::new_empty(gradient, {partials, maps.num_rows}, ScalarType::Float);
+  Tensor partial_dots = make_tensor(gradient, {partials, maps.num_rows}, ScalarType::Float);
   args.differentiation.grad_pre_activation = result.grad_pre_activation.mutable_data_ptr();
   args.differentiation.scaled = result.scaled.mutable_data_ptr();
   args.differentiation.topk_weights = rows.topk_weights ? rows.topk_weights->const_data_ptr<float>() : nullptr;

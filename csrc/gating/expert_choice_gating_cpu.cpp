@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "row_cpu.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -201,10 +202,9 @@ void backward_row(ScoreFunction function, const acc_t* logits, acc_t* scores, co
 std::tuple<Tensor, Tensor> expert_choice_gating(const Tensor& logits, int64_t capacity,
                                                 const std::string& score_function) {
   const ExpertChoiceShape shape = check_expert_choice_gating(logits, capacity, score_function);
-  const Tensor source = torch::stable::contiguous(logits);
-  Tensor topk_weights =
-      torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts}, router_dtype(logits.scalar_type()));
-  Tensor topk_ids = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Int);
+  const Tensor source = as_contiguous(logits);
+  Tensor topk_weights = make_tensor(logits, {shape.num_tokens, shape.num_experts}, router_dtype(logits.scalar_type()));
+  Tensor topk_ids = make_tensor(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Int);
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
@@ -239,9 +239,9 @@ Tensor expert_choice_gating_backward(const Tensor& grad_topk_weights, const Tens
                                      const std::string& score_function) {
   const ExpertChoiceShape shape =
       check_expert_choice_gating_backward(grad_topk_weights, logits, topk_ids, score_function);
-  const Tensor source = torch::stable::contiguous(logits), gradient = torch::stable::contiguous(grad_topk_weights);
-  const Tensor chosen = torch::stable::contiguous(topk_ids);
-  Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
+  const Tensor source = as_contiguous(logits), gradient = as_contiguous(grad_topk_weights);
+  const Tensor chosen = as_contiguous(topk_ids);
+  Tensor grad_logits = make_tensor(logits, {shape.num_tokens, shape.num_experts});
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;

@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "expert_row.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -204,14 +205,14 @@ std::tuple<Tensor, Tensor> expert_choice_gating(const Tensor& logits, int64_t ca
   const ExpertChoiceShape shape = check_expert_choice_gating(logits, capacity, score_function);
   const DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
-  const Tensor source = torch::stable::contiguous(logits);
+  const Tensor source = as_contiguous(logits);
   const int64_t num_scores = shape.num_tokens * shape.num_experts;
-  Tensor topk_weights = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Float);
-  Tensor topk_ids = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Int);
+  Tensor topk_weights = make_tensor(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Float);
+  Tensor topk_ids = make_tensor(logits, {shape.num_tokens, shape.num_experts}, ScalarType::Int);
   if (num_scores == 0) return {topk_weights, topk_ids};
-  Tensor stats = torch::stable::new_empty(logits, {shape.num_tokens, 2}, ScalarType::Float);
-  Tensor scores = torch::stable::new_empty(logits, {num_scores}, ScalarType::Float);
-  Tensor thresholds = torch::stable::new_empty(logits, {shape.num_experts, 2}, ScalarType::Int);
+  Tensor stats = make_tensor(logits, {shape.num_tokens, 2}, ScalarType::Float);
+  Tensor scores = make_tensor(logits, {num_scores}, ScalarType::Float);
+  Tensor thresholds = make_tensor(logits, {shape.num_experts, 2}, ScalarType::Int);
   static_assert(sizeof(SoftmaxRow<float>) == 2 * sizeof(float) && sizeof(Threshold) == 2 * sizeof(int32_t));
   auto* stat = reinterpret_cast<SoftmaxRow<float>*>(stats.mutable_data_ptr<float>());
   auto* threshold = reinterpret_cast<Threshold*>(thresholds.mutable_data_ptr<int32_t>());
@@ -244,9 +245,9 @@ Tensor expert_choice_gating_backward(const Tensor& grad_topk_weights, const Tens
   const ExpertChoiceShape shape =
       check_expert_choice_gating_backward(grad_topk_weights, logits, topk_ids, score_function);
   const DeviceGuard guard(logits.get_device_index());
-  const Tensor source = torch::stable::contiguous(logits), gradient = torch::stable::contiguous(grad_topk_weights);
-  const Tensor chosen = torch::stable::contiguous(topk_ids);
-  Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
+  const Tensor source = as_contiguous(logits), gradient = as_contiguous(grad_topk_weights);
+  const Tensor chosen = as_contiguous(topk_ids);
+  Tensor grad_logits = make_tensor(logits, {shape.num_tokens, shape.num_experts});
   if (shape.num_tokens == 0) return grad_logits;
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

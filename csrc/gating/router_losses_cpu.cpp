@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "row_cpu.h"
 
 namespace moe_ext::cpu {
@@ -134,12 +134,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
                                                          const std::string& load, int64_t num_sequences) {
   const LossShape shape =
       check_router_losses(logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences);
-  const Tensor source = torch::stable::contiguous(logits), ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
+  const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  const std::optional<Tensor> mask = as_contiguous(token_mask), weights = as_contiguous(expert_weights);
   const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
   const ScalarType dtype = router_dtype(logits.scalar_type());
-  Tensor balance_loss = torch::stable::new_empty(logits, {}, dtype);
-  Tensor z_loss = torch::stable::new_empty(logits, {}, dtype);
+  Tensor balance_loss = make_tensor(logits, {}, dtype);
+  Tensor z_loss = make_tensor(logits, {}, dtype);
   Tensor tokens_per_expert = torch::stable::new_zeros(logits, {num_sequences, shape.num_experts}, ScalarType::Int);
   Tensor num_counted = torch::stable::new_zeros(logits, {num_sequences}, ScalarType::Int);
 
@@ -197,13 +197,13 @@ Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& gra
   const LossShape shape =
       check_router_losses_backward(grad_balance_loss, grad_z_loss, logits, tokens_per_expert, num_counted,
                                    score_function, token_mask, expert_weights, load, topk);
-  const Tensor source = torch::stable::contiguous(logits), loads = torch::stable::contiguous(tokens_per_expert);
-  const Tensor counted_tokens = torch::stable::contiguous(num_counted);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
+  const Tensor source = as_contiguous(logits), loads = as_contiguous(tokens_per_expert);
+  const Tensor counted_tokens = as_contiguous(num_counted);
+  const std::optional<Tensor> mask = as_contiguous(token_mask), weights = as_contiguous(expert_weights);
   const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
   const int32_t* counted = counted_tokens.const_data_ptr<int32_t>();
   const Totals totals(counted, shape.num_sequences);
-  Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
+  Tensor grad_logits = make_tensor(logits, {shape.num_tokens, shape.num_experts});
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;

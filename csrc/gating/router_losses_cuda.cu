@@ -11,7 +11,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "expert_row.h"
 
 namespace moe_ext::cuda {
@@ -293,16 +293,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses(const Tensor& logits, c
       check_router_losses(logits, topk_ids, score_function, token_mask, expert_weights, load, num_sequences);
   const DeviceGuard guard(logits.get_device_index());
   const cudaStream_t stream = current_stream(logits);
-  const Tensor source = torch::stable::contiguous(logits), ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
+  const Tensor source = as_contiguous(logits), ids = as_contiguous(topk_ids);
+  const std::optional<Tensor> mask = as_contiguous(token_mask), weights = as_contiguous(expert_weights);
   const bool* counts = mask ? mask->const_data_ptr<bool>() : nullptr;
-  Tensor balance_loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  Tensor z_loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
+  Tensor balance_loss = make_tensor(logits, {}, ScalarType::Float);
+  Tensor z_loss = make_tensor(logits, {}, ScalarType::Float);
   Tensor tokens_per_expert = torch::stable::new_zeros(logits, {num_sequences, shape.num_experts}, ScalarType::Int);
   Tensor num_counted = torch::stable::new_zeros(logits, {num_sequences}, ScalarType::Int);
   const int64_t length = shape.sequence_length(),
                 loss_blocks = kLossBlocksPerMultiprocessor * multiprocessor_count(logits);
-  Tensor scratch = torch::stable::new_empty(logits, {1 + 2 * (loss_blocks + 1)}, ScalarType::Float);
+  Tensor scratch = make_tensor(logits, {1 + 2 * (loss_blocks + 1)}, ScalarType::Float);
   auto* finished_blocks = reinterpret_cast<int32_t*>(scratch.mutable_data_ptr<float>());
   auto* partial = reinterpret_cast<LossSums*>(scratch.mutable_data_ptr<float>() + 1);
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {
@@ -338,10 +338,10 @@ Tensor router_losses_backward(const Tensor& grad_balance_loss, const Tensor& gra
       check_router_losses_backward(grad_balance_loss, grad_z_loss, logits, tokens_per_expert, num_counted,
                                    score_function, token_mask, expert_weights, load, topk);
   const DeviceGuard guard(logits.get_device_index());
-  const Tensor source = torch::stable::contiguous(logits), loads = torch::stable::contiguous(tokens_per_expert);
-  const Tensor counted = torch::stable::contiguous(num_counted);
-  const std::optional<Tensor> mask = contiguous_if_any(token_mask), weights = contiguous_if_any(expert_weights);
-  Tensor grad_logits = torch::stable::new_empty(logits, {shape.num_tokens, shape.num_experts});
+  const Tensor source = as_contiguous(logits), loads = as_contiguous(tokens_per_expert);
+  const Tensor counted = as_contiguous(num_counted);
+  const std::optional<Tensor> mask = as_contiguous(token_mask), weights = as_contiguous(expert_weights);
+  Tensor grad_logits = make_tensor(logits, {shape.num_tokens, shape.num_experts});
   if (shape.num_tokens == 0) return grad_logits;
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

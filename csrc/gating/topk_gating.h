@@ -7,7 +7,7 @@
 #include <limits>
 #include <tuple>
 
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "scores.h"
 
 namespace moe_ext {
@@ -40,10 +40,9 @@ struct GateTensors {
       expert_gain, next_id, grad_next_logit;
 
   GateTensors contiguous() const {
-    return {
-        contiguous_if_any(selection_bias), contiguous_if_any(expert_mask),      contiguous_if_any(forced_ids),
-        contiguous_if_any(keep_tokens),    contiguous_if_any(external_weights), contiguous_if_any(zero_weight_experts),
-        contiguous_if_any(expert_gain),    contiguous_if_any(next_id),          contiguous_if_any(grad_next_logit)};
+    return {as_contiguous(selection_bias), as_contiguous(expert_mask),      as_contiguous(forced_ids),
+            as_contiguous(keep_tokens),    as_contiguous(external_weights), as_contiguous(zero_weight_experts),
+            as_contiguous(expert_gain),    as_contiguous(next_id),          as_contiguous(grad_next_logit)};
   }
 };
 
@@ -263,7 +262,7 @@ struct GateOp {
     GateOptions options = check_gate(logits, topk, score_function, score_order, weight_source, renormalize,
                                      renormalize_eps, scale, tensors);
     check_selection(logits, first_rank, num_groups, topk_groups, top_p, min_ratio, return_next_logit, tensors, options);
-    return backend(torch::stable::contiguous(logits), tensors.contiguous(), options);
+    return backend(as_contiguous(logits), tensors.contiguous(), options);
   }
 
   static std::tuple<Tensor, Tensor> plain(const Tensor& logits, int64_t topk, const std::string& score_function,
@@ -293,8 +292,8 @@ struct GateBackwardOp {
     const GateOptions options = check_gate(logits, topk_ids.size(1), score_function, score_order, weight_source,
                                            renormalize, renormalize_eps, scale, tensors);
     check_gate_gradients(grad_topk_weights, logits, topk_ids, tensors, options);
-    return backend(torch::stable::contiguous(grad_topk_weights), torch::stable::contiguous(logits),
-                   torch::stable::contiguous(topk_ids), tensors.contiguous(), options);
+    return backend(as_contiguous(grad_topk_weights), as_contiguous(logits), as_contiguous(topk_ids),
+                   tensors.contiguous(), options);
   }
 
   static Tensor plain(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "row_cpu.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -304,10 +305,10 @@ void backward_row(Row<acc_t>& row, const int32_t* ids, const acc_t* grad, const 
 GateResult topk_gating(const Tensor& logits, const GateTensors& tensors, const GateOptions& options) {
   const ScalarType weight_dtype = router_dtype(logits.scalar_type());
   const int64_t num_next = options.has_next_logit ? options.num_tokens : 0;
-  Tensor topk_weights = torch::stable::new_empty(logits, {options.num_tokens, options.topk}, weight_dtype);
-  Tensor topk_ids = torch::stable::new_empty(logits, {options.num_tokens, options.topk}, ScalarType::Int);
-  Tensor next_logit = torch::stable::new_empty(logits, {num_next}, weight_dtype);
-  Tensor next_id = torch::stable::new_empty(logits, {num_next}, ScalarType::Int);
+  Tensor topk_weights = make_tensor(logits, {options.num_tokens, options.topk}, weight_dtype);
+  Tensor topk_ids = make_tensor(logits, {options.num_tokens, options.topk}, ScalarType::Int);
+  Tensor next_logit = make_tensor(logits, {num_next}, weight_dtype);
+  Tensor next_id = make_tensor(logits, {num_next}, ScalarType::Int);
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;
@@ -347,9 +348,9 @@ GateResult topk_gating(const Tensor& logits, const GateTensors& tensors, const G
 GateGradients topk_gating_backward(const Tensor& grad_topk_weights, const Tensor& logits, const Tensor& topk_ids,
                                    const GateTensors& tensors, const GateOptions& options) {
   const bool external = options.weight_source == WeightSource::kExternal;
-  Tensor grad_logits = torch::stable::new_empty(logits, {options.num_tokens, options.num_experts});
-  Tensor grad_external_weights = torch::stable::new_empty(
-      logits, {external ? options.num_tokens : 0, options.num_experts}, router_dtype(logits.scalar_type()));
+  Tensor grad_logits = make_tensor(logits, {options.num_tokens, options.num_experts});
+  Tensor grad_external_weights =
+      make_tensor(logits, {external ? options.num_tokens : 0, options.num_experts}, router_dtype(logits.scalar_type()));
   dispatch_floating(logits.scalar_type(), "logits", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     using acc_t = accumulate_t<scalar_t>;

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "topk_selection.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -299,16 +300,16 @@ GateResult topk_gating(const Tensor& logits, const GateTensors& tensors, const G
   check_limits(options);
   const DeviceGuard guard(logits.get_device_index());
   const int64_t num_next = options.has_next_logit ? options.num_tokens : 0;
-  Tensor topk_weights = torch::stable::new_empty(logits, {options.num_tokens, options.topk}, ScalarType::Float);
-  Tensor topk_ids = torch::stable::new_empty(logits, {options.num_tokens, options.topk}, ScalarType::Int);
-  Tensor next_logit = torch::stable::new_empty(logits, {num_next}, ScalarType::Float);
-  Tensor next_id = torch::stable::new_empty(logits, {num_next}, ScalarType::Int);
+  Tensor topk_weights = make_tensor(logits, {options.num_tokens, options.topk}, ScalarType::Float);
+  Tensor topk_ids = make_tensor(logits, {options.num_tokens, options.topk}, ScalarType::Int);
+  Tensor next_logit = make_tensor(logits, {num_next}, ScalarType::Float);
+  Tensor next_id = make_tensor(logits, {num_next}, ScalarType::Int);
   if (options.num_tokens == 0) return {topk_weights, topk_ids, next_logit, next_id};
   const bool wide = options.num_experts > kMaxRegisterExperts;
   const unsigned wide_blocks =
       static_cast<unsigned>(std::min(ceil_div(options.num_tokens, kGateWarps), kMaxWideBlocks));
   const int64_t workspace_stride = wide ? workspace_row(options.num_experts) : 0;
-  Tensor workspace = torch::stable::new_empty(logits, {wide_blocks * kGateWarps * workspace_stride}, ScalarType::Int);
+  Tensor workspace = make_tensor(logits, {wide_blocks * kGateWarps * workspace_stride}, ScalarType::Int);
   auto* keys = reinterpret_cast<uint32_t*>(workspace.mutable_data_ptr<int32_t>());
   const GateKnobs<float> knobs(tensors);
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {
@@ -333,9 +334,9 @@ GateGradients topk_gating_backward(const Tensor& grad_topk_weights, const Tensor
   check_limits(options);
   const DeviceGuard guard(logits.get_device_index());
   const bool external = options.weight_source == WeightSource::kExternal;
-  Tensor grad_logits = torch::stable::new_empty(logits, {options.num_tokens, options.num_experts});
+  Tensor grad_logits = make_tensor(logits, {options.num_tokens, options.num_experts});
   Tensor grad_external_weights =
-      torch::stable::new_empty(logits, {external ? options.num_tokens : 0, options.num_experts}, ScalarType::Float);
+      make_tensor(logits, {external ? options.num_tokens : 0, options.num_experts}, ScalarType::Float);
   if (options.num_tokens == 0) return {grad_logits, grad_external_weights};
   const GateKnobs<float> knobs(tensors);
   dispatch_floating_cuda(logits.scalar_type(), "logits", [&](auto tag) {

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../common/cpu_parallel.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -44,13 +44,13 @@ MOE_CPU_CLONES void sum_columns(const scalar_t* source, const accumulate_t<scala
 Tensor sum_rows_by_expert(const Tensor& rows, const Tensor& expert_offsets,
                           const std::optional<Tensor>& permuted_to_slot, const std::optional<Tensor>& topk_weights,
                           int64_t topk, ScalarType out_dtype) {
-  const Tensor source = torch::stable::contiguous(rows);
-  const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
-  const std::optional<Tensor> weights = contiguous_if_any(topk_weights);
+  const Tensor source = as_contiguous(rows);
+  const std::optional<Tensor> slots = as_contiguous(permuted_to_slot);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights);
   const int64_t num_rows = slots ? slots->numel() : rows.size(0);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, num_rows);
   const int64_t num_experts = static_cast<int64_t>(boundaries.size()) - 1, width = rows.size(1);
-  Tensor output = torch::stable::new_empty(rows, {num_experts, width}, out_dtype);
+  Tensor output = make_tensor(rows, {num_experts, width}, out_dtype);
   const int64_t blocks = (width + kColumnBlock - 1) / kColumnBlock;
   const int64_t bytes_per_expert = num_rows * width * static_cast<int64_t>(rows.element_size()) / num_experts;
   dispatch_floating(rows.scalar_type(), "grad_output", [&](auto tag) {

@@ -5,6 +5,7 @@
 
 #include "../common/cuda_launch.h"
 #include "launch_arguments.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 
@@ -12,9 +13,9 @@ Tensor grouped_bias_grad(const Tensor& grad_output, const Tensor& expert_offsets
   const GroupedBiasShape shape = check_grouped_bias_grad(grad_output, expert_offsets, out_dtype);
   const GemmDtype dtype = gemm_dtype(grad_output, "grad_output");
   const DeviceGuard guard(grad_output.get_device_index());
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const Tensor offsets = torch::stable::contiguous(expert_offsets);
-  Tensor grad_bias = torch::stable::new_empty(grad_output, {shape.num_experts, shape.out_features}, shape.out_dtype);
+  const Tensor gradient = as_contiguous(grad_output);
+  const Tensor offsets = as_contiguous(expert_offsets);
+  Tensor grad_bias = make_tensor(grad_output, {shape.num_experts, shape.out_features}, shape.out_dtype);
   check_launched("grouped_bias_grad",
                  launch_grouped_bias_grad({gradient.const_data_ptr(), grad_bias.mutable_data_ptr(),
                                            offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows,

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "../common/huge_pages.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "../experts/up_projection.h"
 #include "cpu/tile_queue.h"
 #include "tiled_gemm.h"
@@ -21,9 +21,9 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
   const GroupedGemmShape shape =
       check_grouped_gemm(input, weight, expert_offsets, weight_layout, bias, permuted_to_slot, slot_to_permuted, topk,
                          activation, gate_up_layout, activation_alpha, activation_limit);
-  const Tensor rows = torch::stable::contiguous(input);
-  const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
-  const std::optional<Tensor> biases = contiguous_if_any(bias);
+  const Tensor rows = as_contiguous(input);
+  const std::optional<Tensor> slots = as_contiguous(permuted_to_slot);
+  const std::optional<Tensor> biases = as_contiguous(bias);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
   const auto size = static_cast<int64_t>(input.element_size());
   const int64_t inner = shape.in_features, width = shape.out_features;
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
                           out + group.begin * width * size, bias_of(group)});
     }
     tiled_gemm(problems, input.scalar_type(), input.scalar_type());
-    return {output, torch::stable::new_empty(input, {0, width})};
+    return {output, make_tensor(input, {0, width})};
   }
   const UpProjection up(input.scalar_type(), shape.activation, width);
   const auto product_of = [&](const Group& group) {

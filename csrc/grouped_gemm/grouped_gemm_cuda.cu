@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "../experts/activation_epilogue.h"
 #include "../permutation/permute.h"
 #include "fused_gemm.h"
@@ -45,13 +45,13 @@ std::optional<std::tuple<Tensor, Tensor>> multiply_fused(const GroupedGemmShape&
   args.activation = on_device(shape.activation);
   if (!fuses(args)) return {};
   const bool keep_product = !activates || save_pre_activation;
-  Tensor product = torch::stable::new_empty(input, {keep_product ? shape.num_rows : 0, shape.out_features});
+  Tensor product = make_tensor(input, {keep_product ? shape.num_rows : 0, shape.out_features});
   if (keep_product) args.gemm.output = product.mutable_data_ptr();
   if (!activates) {
     check_launched("grouped_gemm", launch_fused_grouped_gemm(args));
-    return std::tuple(product, torch::stable::new_empty(input, {0, shape.out_features}));
+    return std::tuple(product, make_tensor(input, {0, shape.out_features}));
   }
-  Tensor output = torch::stable::new_empty(input, {shape.num_rows, shape.activation.output_width(shape.out_features)});
+  Tensor output = make_tensor(input, {shape.num_rows, shape.activation.output_width(shape.out_features)});
   args.activated = output.mutable_data_ptr();
   check_launched("grouped_gemm", launch_fused_grouped_gemm(args));
   return std::tuple(output, product);
@@ -80,8 +80,8 @@ std::optional<std::tuple<Tensor, Tensor>> multiply_small_rows(const GroupedGemmS
   args.activation = shape.activation;
   if (!small_rows::takes(args)) return {};
   const bool save = save_pre_activation && shape.activation.kind != Activation::kNone;
-  Tensor output = torch::stable::new_empty(input, {shape.num_rows, shape.activation.output_width(shape.out_features)});
-  Tensor pre_activation = torch::stable::new_empty(input, {save ? shape.num_rows : 0, shape.out_features});
+  Tensor output = make_tensor(input, {shape.num_rows, shape.activation.output_width(shape.out_features)});
+  Tensor pre_activation = make_tensor(input, {save ? shape.num_rows : 0, shape.out_features});
   args.output = output.mutable_data_ptr();
   args.pre_activation = save ? pre_activation.mutable_data_ptr() : nullptr;
   small_rows::grouped_gemm(args, input.get_device_index(), current_stream(input));
@@ -101,21 +101,21 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
                          activation, gate_up_layout, activation_alpha, activation_limit);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
-  const Tensor source = torch::stable::contiguous(input);
-  const Tensor offsets = torch::stable::contiguous(expert_offsets);
-  const std::optional<Tensor> biases = contiguous_if_any(bias);
+  const Tensor source = as_contiguous(input);
+  const Tensor offsets = as_contiguous(expert_offsets);
+  const std::optional<Tensor> biases = as_contiguous(bias);
   const StoredWeight stored(weight, shape.layout);
-  if (auto few = multiply_small_rows(shape, source, stored, offsets, biases, contiguous_if_any(permuted_to_slot),
+  if (auto few = multiply_small_rows(shape, source, stored, offsets, biases, as_contiguous(permuted_to_slot),
                                      save_pre_activation)) {
     return *few;
   }
-  if (auto fused = multiply_fused(shape, source, stored, offsets, biases, contiguous_if_any(permuted_to_slot),
+  if (auto fused = multiply_fused(shape, source, stored, offsets, biases, as_contiguous(permuted_to_slot),
                                   save_pre_activation)) {
     return *fused;
   }
   const Tensor rows = shape.gather ? permute(source, *permuted_to_slot, *slot_to_permuted, topk) : source;
   const Workspace workspace(input, shape.num_experts);
-  Tensor product = torch::stable::new_empty(input, {shape.num_rows, shape.out_features});
+  Tensor product = make_tensor(input, {shape.num_rows, shape.out_features});
   check_launched("grouped_gemm",
                  launch_grouped_gemm({rows.const_data_ptr(), stored.weight.const_data_ptr(), product.mutable_data_ptr(),
                                       offsets.const_data_ptr<int32_t>(), shape.num_experts, shape.num_rows,
@@ -124,10 +124,10 @@ std::tuple<Tensor, Tensor> grouped_gemm(const Tensor& input, const Tensor& weigh
 
   if (shape.activation.kind == Activation::kNone) {
     if (biases) add_bias(product, *biases, offsets);
-    return {product, torch::stable::new_empty(input, {0, shape.out_features})};
+    return {product, make_tensor(input, {0, shape.out_features})};
   }
   const Tensor output = activate_with_bias(product, biases, offsets, shape.activation, save_pre_activation);
-  return {output, save_pre_activation ? product : torch::stable::new_empty(input, {0, shape.out_features})};
+  return {output, save_pre_activation ? product : make_tensor(input, {0, shape.out_features})};
 }
 
 }  // namespace moe_ext::cuda

@@ -6,7 +6,7 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "tiled_gemm.h"
 
 namespace moe_ext::cpu {
@@ -18,11 +18,11 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
   const GroupedWgradShape shape =
       check_grouped_gemm_wgrad(input, grad_output, expert_offsets, weight_layout, permuted_to_slot, slot_to_permuted,
                                topk, out_dtype, trainable_experts);
-  const Tensor rows = torch::stable::contiguous(input);
-  const std::optional<Tensor> slots = contiguous_if_any(permuted_to_slot);
-  const Tensor gradient = torch::stable::contiguous(grad_output);
+  const Tensor rows = as_contiguous(input);
+  const std::optional<Tensor> slots = as_contiguous(permuted_to_slot);
+  const Tensor gradient = as_contiguous(grad_output);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, shape.num_rows);
-  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
+  const std::optional<Tensor> trainable = as_contiguous(trainable_experts);
   const bool* trains = trainable ? trainable->const_data_ptr<bool>() : nullptr;
   const auto has_product = [&](int64_t expert) {
     return boundaries[expert] < boundaries[expert + 1] && (!trains || trains[expert]);

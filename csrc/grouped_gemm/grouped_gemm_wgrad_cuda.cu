@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
-#include "../common/optional_tensor.h"
+#include "../common/tensors.h"
 #include "../permutation/permute.h"
 #include "launch_arguments.h"
 
@@ -21,12 +21,12 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                                topk, out_dtype, trainable_experts);
   const GemmDtype dtype = gemm_dtype(input, "input");
   const DeviceGuard guard(input.get_device_index());
-  const Tensor source = torch::stable::contiguous(input);
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const Tensor offsets = torch::stable::contiguous(expert_offsets);
-  const std::optional<Tensor> trainable = contiguous_if_any(trainable_experts);
+  const Tensor source = as_contiguous(input);
+  const Tensor gradient = as_contiguous(grad_output);
+  const Tensor offsets = as_contiguous(expert_offsets);
+  const std::optional<Tensor> trainable = as_contiguous(trainable_experts);
   const bool enk = shape.layout == WeightLayout::kENK;
-  Tensor grad_weight = torch::stable::new_empty(
+  Tensor grad_weight = make_tensor(
       input,
       {shape.num_experts, enk ? shape.out_features : shape.in_features, enk ? shape.in_features : shape.out_features},
       shape.out_dtype);
@@ -46,7 +46,7 @@ Tensor grouped_gemm_wgrad(const Tensor& input, const Tensor& grad_output, const 
                            input.get_device_index(),
                            current_stream(input)};
   if (shape.gather) {
-    const Tensor slots = torch::stable::contiguous(*permuted_to_slot);
+    const Tensor slots = as_contiguous(*permuted_to_slot);
     const RowGather gather = row_gather(source, slots, *shape.gather);
     if (fuses(args, gather)) {
       check_launched("grouped_gemm_wgrad", launch_gathered_wgrad(args, gather));

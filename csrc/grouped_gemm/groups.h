@@ -13,6 +13,7 @@
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
 #include "weight_layout.h"
+#include "../common/tensors.h"
 
 namespace moe_ext {
 
@@ -64,7 +65,7 @@ inline std::optional<RowMaps> check_gather(const Tensor& input, const std::optio
 
 // Boundaries [num_experts + 1] on the host, monotone. For offsets on the CPU only.
 inline std::vector<int64_t> group_boundaries(const Tensor& expert_offsets, int64_t num_rows) {
-  const Tensor offsets = torch::stable::contiguous(expert_offsets);
+  const Tensor offsets = as_contiguous(expert_offsets);
   const auto* values = offsets.const_data_ptr<int32_t>();
   std::vector<int64_t> boundaries(offsets.numel());
   int64_t reached = 0;

@@ -5,6 +5,7 @@
 #include "../common/row_maps.h"
 #include "fused_gemm.h"
 #include "grouped_gemm_kernels.h"
+#include "../common/tensors.h"
 
 namespace moe_ext {
 
@@ -30,7 +31,7 @@ struct Workspace {
   Workspace(const Tensor& like, int64_t num_experts) {
     constexpr size_t kAlignment = 128;
     const size_t bytes = grouped_gemm_workspace_bytes(num_experts, like.get_device_index());
-    memory = torch::stable::new_empty(like, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte);
+    memory = make_tensor(like, {static_cast<int64_t>(bytes + kAlignment)}, ScalarType::Byte);
     const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
     start = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
@@ -51,7 +52,7 @@ struct StoredWeight {
   StoredWeight(const Tensor& given, WeightLayout given_layout) : weight(given), layout(given_layout) {
     if (given.is_contiguous()) return;
     const Tensor other = torch::stable::transpose(given, 1, 2);
-    weight = other.is_contiguous() ? other : torch::stable::contiguous(given);
+    weight = other.is_contiguous() ? other : as_contiguous(given);
     if (other.is_contiguous()) layout = transposed(given_layout);
   }
 };

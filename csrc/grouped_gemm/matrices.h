@@ -4,6 +4,7 @@
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
 #include "weight_layout.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 
@@ -41,7 +42,7 @@ inline Matrix transposed(const Matrix& matrix) {
 
 // Expert weights whose rows or columns are adjacent in memory: the tensor itself, unless neither are.
 inline Tensor with_adjacent_elements(const Tensor& weight) {
-  return weight.stride(1) == 1 || weight.stride(2) == 1 ? weight : torch::stable::contiguous(weight);
+  return weight.stride(1) == 1 || weight.stride(2) == 1 ? weight : as_contiguous(weight);
 }
 
 // What multiplies rows from the right: [K, N] of one expert, for a weight with adjacent elements. Weights keep their

@@ -14,6 +14,7 @@
 #include "../common/dtypes.h"
 #include "../common/output_mask.h"
 #include "../common/row_maps.h"
+#include "../common/tensors.h"
 
 namespace moe_ext {
 
@@ -51,12 +52,11 @@ struct LowRankGradients {
 
 inline LowRankGradients new_low_rank_gradients(const LowRankShape& shape, const LowRankGradientMask& wanted,
                                                const Tensor& input, const Tensor& topk_weights) {
-  using torch::stable::new_empty;
-  return {new_empty(input, {wanted.input ? shape.num_tokens : 0, shape.in_features}),
-          new_empty(input, {wanted.lora_a ? shape.num_experts : 0, shape.rank, shape.in_features}),
-          new_empty(input, {wanted.lora_b ? shape.num_experts : 0, shape.rank, shape.out_features}),
-          new_empty(topk_weights, {wanted.topk_weights ? shape.num_tokens : 0, shape.topk}),
-          new_empty(topk_weights, {wanted.back() ? shape.num_tokens : 0, shape.components()})};
+  return {make_tensor(input, {wanted.input ? shape.num_tokens : 0, shape.in_features}),
+          make_tensor(input, {wanted.lora_a ? shape.num_experts : 0, shape.rank, shape.in_features}),
+          make_tensor(input, {wanted.lora_b ? shape.num_experts : 0, shape.rank, shape.out_features}),
+          make_tensor(topk_weights, {wanted.topk_weights ? shape.num_tokens : 0, shape.topk}),
+          make_tensor(topk_weights, {wanted.back() ? shape.num_tokens : 0, shape.components()})};
 }
 
 // A token's components stand in shared memory on CUDA, 8 bytes each.

@@ -15,6 +15,7 @@
 #include "../common/cpu_parallel.h"
 #include "../common/host_device.h"
 #include "../grouped_gemm/groups.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -248,9 +249,9 @@ class Chosen {
 
   Chosen(const LowRankShape& shape, const Tensor& topk_ids, const Tensor& topk_weights)
       : experts_(shape.num_tokens * shape.topk),
-        weights_holder_(torch::stable::contiguous(topk_weights)),
+        weights_holder_(as_contiguous(topk_weights)),
         weights_(weights_holder_.template const_data_ptr<acc_t>()) {
-    const Tensor ids = torch::stable::contiguous(topk_ids);
+    const Tensor ids = as_contiguous(topk_ids);
     dispatch_index(ids.scalar_type(), "topk_ids", [&](auto tag) {
       using index_t = typename decltype(tag)::type;
       const auto* id = ids.const_data_ptr<index_t>();
@@ -275,7 +276,7 @@ template <typename scalar_t>
 Tensor copy_slabs(const Tensor& weight, int64_t num_rows, int64_t width) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t slabs = (width + kSlab - 1) / kSlab;
-  Tensor copy = torch::stable::new_empty(weight, {slabs, num_rows, kSlab}, router_dtype(weight.scalar_type()));
+  Tensor copy = make_tensor(weight, {slabs, num_rows, kSlab}, router_dtype(weight.scalar_type()));
   const auto* from = weight.const_data_ptr<scalar_t>();
   auto* to = copy.mutable_data_ptr<acc_t>();
   parallel_rows(slabs, num_rows * kSlab * static_cast<int64_t>(sizeof(acc_t)), [&](int64_t begin, int64_t end) {
@@ -400,10 +401,10 @@ void sum_by_expert(const LowRankShape& shape, const Chosen<scalar_t>& chosen, co
 std::tuple<Tensor, Tensor> low_rank_experts(const Tensor& input, const Tensor& lora_a, const Tensor& lora_b,
                                             const Tensor& topk_ids, const Tensor& topk_weights) {
   const LowRankShape shape = check_low_rank_experts(input, lora_a, lora_b, topk_ids, topk_weights);
-  const Tensor rows = torch::stable::contiguous(input);
-  const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
-  Tensor output = torch::stable::new_empty(input, {shape.num_tokens, shape.out_features});
-  Tensor projection = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
+  const Tensor rows = as_contiguous(input);
+  const Tensor down = as_contiguous(lora_a), up = as_contiguous(lora_b);
+  Tensor output = make_tensor(input, {shape.num_tokens, shape.out_features});
+  Tensor projection = make_tensor(topk_weights, {shape.num_tokens, shape.components()});
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     project_and_expand(shape, Chosen<scalar_t>(shape, topk_ids, topk_weights), rows.const_data_ptr<scalar_t>(), down,
@@ -419,10 +420,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(
   const LowRankShape shape = check_low_rank_experts_backward(grad_output, input, lora_a, lora_b, topk_ids, topk_weights,
                                                              projection, expert_offsets, permuted_to_slot);
   const LowRankGradientMask wanted = check_low_rank_output_mask(output_mask);
-  const Tensor gradient = torch::stable::contiguous(grad_output), rows = torch::stable::contiguous(input);
-  const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
-  const Tensor projected = torch::stable::contiguous(projection);
-  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor gradient = as_contiguous(grad_output), rows = as_contiguous(input);
+  const Tensor down = as_contiguous(lora_a), up = as_contiguous(lora_b);
+  const Tensor projected = as_contiguous(projection);
+  const Tensor slots = as_contiguous(permuted_to_slot);
   const std::vector<int64_t> boundaries = group_boundaries(expert_offsets, slots.numel());
   LowRankGradients grads = new_low_rank_gradients(shape, wanted, input, topk_weights);
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {

@@ -19,6 +19,7 @@
 
 #include "../common/block_select.h"
 #include "../common/row_access.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -320,11 +321,11 @@ std::tuple<Tensor, Tensor> low_rank_experts(const Tensor& input, const Tensor& l
                                             const Tensor& topk_ids, const Tensor& topk_weights) {
   const LowRankShape shape = check_low_rank_experts(input, lora_a, lora_b, topk_ids, topk_weights);
   const DeviceGuard guard(input.get_device_index());
-  const Tensor rows = torch::stable::contiguous(input), ids = torch::stable::contiguous(topk_ids);
-  const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
-  const Tensor weights = torch::stable::contiguous(topk_weights);
-  const Tensor output = torch::stable::new_empty(input, {shape.num_tokens, shape.out_features});
-  const Tensor projection = torch::stable::new_empty(topk_weights, {shape.num_tokens, shape.components()});
+  const Tensor rows = as_contiguous(input), ids = as_contiguous(topk_ids);
+  const Tensor down = as_contiguous(lora_a), up = as_contiguous(lora_b);
+  const Tensor weights = as_contiguous(topk_weights);
+  const Tensor output = make_tensor(input, {shape.num_tokens, shape.out_features});
+  const Tensor projection = make_tensor(topk_weights, {shape.num_tokens, shape.components()});
   dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     launch_tokens<scalar_t>(shape, rows, down, up, ids, weights, projection, output);
@@ -340,12 +341,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_experts_backward(
                                                              projection, expert_offsets, permuted_to_slot);
   const LowRankGradientMask wanted = check_low_rank_output_mask(output_mask);
   const DeviceGuard guard(input.get_device_index());
-  const Tensor gradient = torch::stable::contiguous(grad_output), rows = torch::stable::contiguous(input);
-  const Tensor down = torch::stable::contiguous(lora_a), up = torch::stable::contiguous(lora_b);
-  const Tensor ids = torch::stable::contiguous(topk_ids), weights = torch::stable::contiguous(topk_weights);
-  const Tensor forth = torch::stable::contiguous(projection);
-  const Tensor offsets = torch::stable::contiguous(expert_offsets);
-  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor gradient = as_contiguous(grad_output), rows = as_contiguous(input);
+  const Tensor down = as_contiguous(lora_a), up = as_contiguous(lora_b);
+  const Tensor ids = as_contiguous(topk_ids), weights = as_contiguous(topk_weights);
+  const Tensor forth = as_contiguous(projection);
+  const Tensor offsets = as_contiguous(expert_offsets);
+  const Tensor slots = as_contiguous(permuted_to_slot);
   const LowRankGradients grads = new_low_rank_gradients(shape, wanted, input, topk_weights);
   dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;

@@ -5,13 +5,14 @@
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 
 Tensor permute(const Tensor& input, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, int64_t topk) {
   const RowMaps maps = check_permute(input, permuted_to_slot, slot_to_permuted, topk);
-  const Tensor source = torch::stable::contiguous(input);
-  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
+  const Tensor source = as_contiguous(input);
+  const Tensor slots = as_contiguous(permuted_to_slot);
   const int64_t row_bytes = input.size(1) * static_cast<int64_t>(input.element_size());
   Tensor output = new_empty_large(input, {maps.num_rows, input.size(1)});
 

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "padding_rows.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -80,10 +81,10 @@ void launch(const Tensor& input, const Tensor& permuted_to_slot, const Tensor& s
 Tensor permute(const Tensor& input, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted, int64_t topk) {
   const RowMaps maps = check_permute(input, permuted_to_slot, slot_to_permuted, topk);
   const DeviceGuard guard(input.get_device_index());
-  const Tensor source = torch::stable::contiguous(input);
-  const Tensor slots = torch::stable::contiguous(permuted_to_slot);
-  const Tensor rows = torch::stable::contiguous(slot_to_permuted);
-  Tensor output = torch::stable::new_empty(input, {maps.num_rows, input.size(1)});
+  const Tensor source = as_contiguous(input);
+  const Tensor slots = as_contiguous(permuted_to_slot);
+  const Tensor rows = as_contiguous(slot_to_permuted);
+  Tensor output = make_tensor(input, {maps.num_rows, input.size(1)});
   dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     if (rows_are_vectorizable<scalar_t>(input.size(1), {source.const_data_ptr(), output.const_data_ptr()})) {

@@ -8,6 +8,7 @@
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
 #include "../common/weighted_rows.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -81,10 +82,9 @@ accumulate_t<scalar_t> slot_backward(const scalar_t* grad_output, const scalar_t
 Tensor unpermute(const Tensor& input, const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
                  const std::optional<Tensor>& topk_weights, int64_t topk) {
   const RowMaps maps = check_unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk);
-  const Tensor rows = torch::stable::contiguous(input);
-  const Tensor row_of_slot = torch::stable::contiguous(slot_to_permuted);
-  const std::optional<Tensor> weights =
-      topk_weights.has_value() ? std::optional(torch::stable::contiguous(*topk_weights)) : std::nullopt;
+  const Tensor rows = as_contiguous(input);
+  const Tensor row_of_slot = as_contiguous(slot_to_permuted);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights);
   const int64_t width = input.size(1);
   Tensor output = new_empty_large(input, {maps.num_tokens, width});
   dispatch_floating(input.scalar_type(), "input", [&](auto tag) {
@@ -106,10 +106,10 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const T
                                               const Tensor& permuted_to_slot, const Tensor& slot_to_permuted,
                                               const Tensor& topk_weights) {
   const RowMaps maps = check_unpermute_backward(grad_output, input, permuted_to_slot, slot_to_permuted, topk_weights);
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const Tensor rows = torch::stable::contiguous(input);
-  const Tensor slot_of_row = torch::stable::contiguous(permuted_to_slot);
-  const Tensor weights = torch::stable::contiguous(topk_weights);
+  const Tensor gradient = as_contiguous(grad_output);
+  const Tensor rows = as_contiguous(input);
+  const Tensor slot_of_row = as_contiguous(permuted_to_slot);
+  const Tensor weights = as_contiguous(topk_weights);
   const int64_t width = input.size(1);
   Tensor grad_input = new_empty_large(input, {maps.num_rows, width});
   // Dropped slots have no row: their weight gradient stays zero.

@@ -18,6 +18,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "padding_rows.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -234,11 +235,10 @@ Tensor unpermute(const Tensor& input, const Tensor& permuted_to_slot, const Tens
                  const std::optional<Tensor>& topk_weights, int64_t topk) {
   const RowMaps maps = check_unpermute(input, permuted_to_slot, slot_to_permuted, topk_weights, topk);
   const DeviceGuard guard(input.get_device_index());
-  const Tensor rows = torch::stable::contiguous(input);
-  const Tensor row_of_slot = torch::stable::contiguous(slot_to_permuted);
-  const std::optional<Tensor> weights =
-      topk_weights.has_value() ? std::optional(torch::stable::contiguous(*topk_weights)) : std::nullopt;
-  Tensor output = torch::stable::new_empty(input, {maps.num_tokens, input.size(1)});
+  const Tensor rows = as_contiguous(input);
+  const Tensor row_of_slot = as_contiguous(slot_to_permuted);
+  const std::optional<Tensor> weights = as_contiguous(topk_weights);
+  Tensor output = make_tensor(input, {maps.num_tokens, input.size(1)});
   dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     const float* weight = weights ? weights->const_data_ptr<float>() : nullptr;
@@ -256,13 +256,13 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_output, const T
                                               const Tensor& topk_weights) {
   const RowMaps maps = check_unpermute_backward(grad_output, input, permuted_to_slot, slot_to_permuted, topk_weights);
   const DeviceGuard guard(input.get_device_index());
-  const Tensor gradient = torch::stable::contiguous(grad_output);
-  const Tensor rows = torch::stable::contiguous(input);
-  const Tensor slot_of_row = torch::stable::contiguous(permuted_to_slot);
-  const Tensor row_of_slot = torch::stable::contiguous(slot_to_permuted);
-  const Tensor weights = torch::stable::contiguous(topk_weights);
-  Tensor grad_input = torch::stable::new_empty(input, {maps.num_rows, input.size(1)});
-  Tensor grad_weights = torch::stable::new_empty(topk_weights, {maps.num_tokens, maps.topk});
+  const Tensor gradient = as_contiguous(grad_output);
+  const Tensor rows = as_contiguous(input);
+  const Tensor slot_of_row = as_contiguous(permuted_to_slot);
+  const Tensor row_of_slot = as_contiguous(slot_to_permuted);
+  const Tensor weights = as_contiguous(topk_weights);
+  Tensor grad_input = make_tensor(input, {maps.num_rows, input.size(1)});
+  Tensor grad_weights = make_tensor(topk_weights, {maps.num_tokens, maps.topk});
   dispatch_floating_cuda(input.scalar_type(), "input", [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     if (rows_are_vectorizable<scalar_t>(

@@ -10,6 +10,7 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/dtypes.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {
@@ -152,10 +153,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_plan(const Tensor& topk_ids, 
                                                         const std::optional<Tensor>& drop_scores,
                                                         int64_t row_alignment) {
   const PlanShape shape = check_routing_plan(topk_ids, num_experts, capacity, drop_scores, row_alignment);
-  const Tensor ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> scores =
-      drop_scores.has_value() ? std::optional(torch::stable::contiguous(*drop_scores)) : std::nullopt;
-  const auto make = [&](int64_t size) { return torch::stable::new_empty(topk_ids, {size}, ScalarType::Int); };
+  const Tensor ids = as_contiguous(topk_ids);
+  const std::optional<Tensor> scores = as_contiguous(drop_scores);
+  const auto make = [&](int64_t size) { return make_tensor(topk_ids, {size}, ScalarType::Int); };
   Tensor expert_offsets = make(num_experts + 1), tokens_per_expert = make(num_experts);
   Tensor permuted_to_slot = make(shape.num_rows), slot_to_permuted = make(shape.num_slots);
   dispatch_index(topk_ids.scalar_type(), "topk_ids", [&](auto tag) {

@@ -18,6 +18,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/block_select.h"
+#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {
@@ -241,7 +242,7 @@ void launch_plan(const Tensor& ids, const std::optional<Tensor>& scores, const P
   const int64_t num_blocks = plan_blocks(shape.num_slots, shape.num_experts);
   const int64_t num_counts = num_blocks > 1 ? num_blocks * shape.num_experts : 0;
   const int64_t num_starts = scores ? shape.num_experts + 1 : 0, num_sorted = scores ? shape.num_slots : 0;
-  Tensor scratch = torch::stable::new_empty(ids, {num_counts + num_starts + num_sorted}, ScalarType::Int);
+  Tensor scratch = make_tensor(ids, {num_counts + num_starts + num_sorted}, ScalarType::Int);
   int32_t* block_counts = num_blocks > 1 ? scratch.mutable_data_ptr<int32_t>() : nullptr;
   int32_t* uncapped_starts = scores ? scratch.mutable_data_ptr<int32_t>() + num_counts : nullptr;
   int32_t* sorted = scores ? uncapped_starts + num_starts : nullptr;
@@ -270,10 +271,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_plan(const Tensor& topk_ids, 
   MOE_CHECK(num_experts <= kMaxPlanExperts, "num_experts: expected at most ", kMaxPlanExperts, " on CUDA, got ",
             num_experts);
   const DeviceGuard guard(topk_ids.get_device_index());
-  const Tensor ids = torch::stable::contiguous(topk_ids);
-  const std::optional<Tensor> scores =
-      drop_scores.has_value() ? std::optional(torch::stable::contiguous(*drop_scores)) : std::nullopt;
-  const auto make = [&](int64_t size) { return torch::stable::new_empty(topk_ids, {size}, ScalarType::Int); };
+  const Tensor ids = as_contiguous(topk_ids);
+  const std::optional<Tensor> scores = as_contiguous(drop_scores);
+  const auto make = [&](int64_t size) { return make_tensor(topk_ids, {size}, ScalarType::Int); };
   Tensor expert_offsets = make(num_experts + 1), tokens_per_expert = make(num_experts);
   Tensor permuted_to_slot = make(shape.num_rows), slot_to_permuted = make(shape.num_slots);
   const PlanOutputs out{expert_offsets.mutable_data_ptr<int32_t>(), tokens_per_expert.mutable_data_ptr<int32_t>(),
