@@ -24,7 +24,7 @@ constexpr int64_t kShortestSweep = 2048;
 constexpr int64_t kStripsToPackAhead = 3;
 // Up to so many sums of a column a tile is four times as wide.
 constexpr int64_t kWideRowsBytes = 96 * 4;
-constexpr int64_t kDotStride = kTileCols + 2 * kDotRoom;  // sums from row to row
+constexpr int64_t kFewRowsWider = 4;  // few rows read faster than they multiply: memory waits where a tile begins
 constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
                                               // that they crowd a set of L1
 constexpr int64_t kDotRowsRoom = 32;          // units between packed rows, which are then not a power of two apart
@@ -46,7 +46,7 @@ struct Scratch {
   Scratch() {
     constexpr int64_t kUnit = sizeof(double);
     constexpr int64_t kLeft = kLeftBytes, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
-    constexpr int64_t kSums = kTileRows * kDotStride * kUnit;
+    constexpr int64_t kSums = kTileRows * (kTileCols + 2 * kDotRoom) * kUnit;
     static_assert(4 * kTileCols * kWideRowsBytes <= kSums);
     static_assert(kDotRowsBytes + kTileRows * (64 + kDotRowsRoom * kUnit) <= kLeft);
     memory.reset(static_cast<char*>(allocate_on_huge_pages(kLeft + 2 * kRight + kSums)));
@@ -234,10 +234,14 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
 }
 
 constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
+static_assert(kFewRowsWider * kTileCols + 2 * kDotRoom <= kFewRowsStride);
 constexpr int64_t kDotLineBytes = 2048;  // of a packed row, where 5 to 32 of them and six columns shall stay in L1
 
 // How a product is computed: by all of it, so that how it is cut changes no bit.
 enum class Way { kPacked, kTurned, kDot, kAxpy };
+
+// The widest tile of `dot`.
+int64_t dot_cols(int64_t rows) { return (rows <= kFewRows ? kFewRowsWider : 1) * kTileCols; }
 
 // Elements of the inner dimension that `dot` takes at once.
 int64_t dot_depth(int64_t rows, int64_t inner, const GemmKernels& kernels) {
@@ -339,13 +343,15 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
                        const std::function<void(const TileSums&)>& finish, Scratch& scratch) {
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
   const Panels panels = {tile.col, tile.cols, product.pair, kernels.panel_cols};
-  const int64_t stride = way == Way::kDot ? kDotStride : kFewRowsStride, halves = product.pair ? 2 : 1;
+  const bool dot = way == Way::kDot;
+  const int64_t stride = dot ? dot_cols(product.left.rows) + 2 * kDotRoom : kFewRowsStride;
+  const int64_t halves = product.pair ? 2 : 1;
   // Sums lie as [rows][stride], a pair's second half behind the first.
-  const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width + (way == Way::kDot ? kDotRoom : 0);
+  const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width + (dot ? kDotRoom : 0);
   const auto sums_at = [&](int64_t col) { return scratch.sums + col * kernels.unit_bytes; };
   scratch.left_lines.clear(), scratch.right_lines.clear();
   add_lines(product.left, tile.row, tile.rows, element, scratch.left_lines);
-  if (way == Way::kDot) {
+  if (dot) {
     for (int64_t half = 0; half < halves; ++half) {
       add_lines(product.right, tile.col + half * product.pair, tile.cols, element, scratch.right_lines);
     }
@@ -437,6 +443,7 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   if (way == Way::kPacked && rows <= kTileRows / 2) wider = rows * kernels.unit_bytes <= kWideRowsBytes ? 4 : 2;
   const bool stays = way == Way::kPacked && left_stays(product, std::min(rows, kTileRows), kernels);
   if (stays || way == Way::kTurned) wider = 8;
+  if (way == Way::kDot) wider = dot_cols(rows) / kTileCols;
   const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
