@@ -19,7 +19,7 @@ def cast_for_product(factor: Tensor) -> Tensor: ...
 def cast_for_product(factor: None) -> None: ...
 def cast_for_product(factor: Tensor | None) -> Tensor | None:
     """The tensor in autocast's dtype where autocast is on for its device; float64 stays, as it does in torch."""
-    if factor is None or not _is_on(factor.device.type):
+    if factor is None or not torch._C._is_any_autocast_enabled() or not _is_on(factor.device.type):
         return factor
     if factor.dtype == torch.float64 or not factor.is_floating_point():
         return factor

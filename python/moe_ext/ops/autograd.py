@@ -63,10 +63,10 @@ def register_autograd(name: str, backward: Callable[..., Any], *, setup_context:
 def call(op: Callable[..., Any], *arguments: Any) -> Any:
     """The op. Without gradients and transforms not by way of its autograd kernel, which is Python and takes time."""
     if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments))
     ):
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
