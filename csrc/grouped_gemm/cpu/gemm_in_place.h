@@ -1,6 +1,6 @@
 // Products that read the right factor in place: each of its lines leaves memory once, and none is packed.
-//   dot    lines along the inner dimension: 7 rows x 4 or 4 x 6 columns of accumulators, or a few columns one after the
-//          other; lanes are summed at the end
+//   dot    lines along the inner dimension: up to 4 rows read one after the other, more of them 7 rows x 4 or 4 x 6
+//          columns of accumulators side by side; lanes are summed at the end
 //   axpy   lines across it, a few rows: eight steps of them side by side, swept from end to end, the next eight fetched
 //          meanwhile; sums stay in L1, and each vector of weights meets all rows while it is in a register
 #pragma once
@@ -14,15 +14,17 @@ namespace {
 // Rows and columns whose accumulators, with a vector of each column beside them, fill the registers.
 struct DotShape {
   int rows, cols, sum_cols;  // sum_cols are summed and written together
-  int side;                  // columns read side by side, the others after them
 };
-// Memory answers soonest where few lines are read at once: short ones one after the other, since the rows, which each
-// of them reads again, stay in L1, long ones a few. Many rows take what of them lies in L2 once for each block of
-// columns.
-constexpr DotShape kDotLines = MOE_VECTOR_BYTES == 64 ? DotShape{4, 4, 4, 1} : DotShape{4, 3, 4, 1};
-constexpr DotShape kDotFew = MOE_VECTOR_BYTES == 64 ? DotShape{7, 4, 4, 4} : DotShape{4, 3, 4, 3};
-constexpr DotShape kDotMany = MOE_VECTOR_BYTES == 64 ? DotShape{4, 6, 8, 6} : DotShape{4, 3, 4, 3};
-constexpr int64_t kDotLinesBytes = 4096;  // of a packed row
+// Many rows take what of them lies in L2 once for each block of columns.
+constexpr DotShape kDotFew = MOE_VECTOR_BYTES == 64 ? DotShape{7, 4, 4} : DotShape{4, 3, 4};
+constexpr DotShape kDotMany = MOE_VECTOR_BYTES == 64 ? DotShape{4, 6, 8} : DotShape{4, 3, 4};
+
+// Up to so many rows, in so many bytes, stay in L1 while columns pass by one after the other. A core reads fastest
+// then: what lies in one stretch the hardware fetches ahead, and to fetch more than where a column begins slows it
+// down.
+constexpr int kDotLinesRows = 4;
+constexpr int64_t kDotLinesBytes = 16384;
+constexpr int64_t kCacheLinesAhead = 2;
 
 // The sums of kLanes vectors, of which the first kCount are not zeros: result[i] that of vectors[i]. Every vector's
 // lanes are summed in the same order.
@@ -69,6 +71,79 @@ MOE_INLINE typename Simd<Sum>::Vec sum_lanes(const typename Simd<Sum>::Vec* vect
   return sums;
 }
 
+// One column from end to end: the sums of kRows rows, a vector of each, `stride` apart.
+template <typename Format, int kRows>
+MOE_INLINE void dot_line(const typename Format::Unit* rows, int64_t row_stride, const char* column, int64_t count,
+                         typename Format::Sum* sums, int64_t stride) {
+  constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;  // of additions that do not wait for each other
+  constexpr int64_t kElements = kLanes<Format> * Format::kPerUnit;
+  constexpr auto kVector = kElements * static_cast<int64_t>(sizeof(typename Format::Element));
+  SumVec<Format> acc[kChains][kRows] = {};
+  const auto add = [&](int chain, const UnitVec<Format>& right, int64_t vector) {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const UnitVec<Format> left = Simd<typename Format::Unit>::load(rows + row * row_stride + vector * kLanes<Format>);
+      acc[chain][row] = multiply_add<Format>(left, right, acc[chain][row]);
+    }
+  };
+  const int64_t whole = count / kElements;
+  int64_t v = 0;
+  for (; v + kChains <= whole; v += kChains) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) add(chain, Format::load(column + (v + chain) * kVector), v + chain);
+  }
+  for (; v < whole; ++v) add(0, Format::load(column + v * kVector), v);
+  if (whole * kElements < count) add(0, load_some<Format>(column + whole * kVector, count - whole * kElements), whole);
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+    SumVec<Format> sum = acc[0][row];
+#pragma GCC unroll 4
+    for (int chain = 1; chain < kChains; ++chain) sum += acc[chain][row];
+    Simd<typename Format::Sum>::store(sums + row * stride, sum);
+  }
+}
+
+// All columns one after the other, their lanes summed for as many as fill a vector.
+template <typename Format, int kRows>
+void dot_lines(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t num_cols,
+               int64_t first, int64_t count, typename Format::Sum* sums, int64_t sums_stride, bool first_block,
+               const Fetch& after) {
+  using Sum = typename Format::Sum;
+  constexpr int kLane = kLanes<Format>, kCols = kRows > 2 ? (kLane + 3) / 4 : kLane / kRows;
+  constexpr int kVectors = (kRows * kCols + kLane - 1) / kLane * kLane;
+  typedef Sum Loose __attribute__((vector_size(kCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
+  const int64_t first_byte = first * static_cast<int64_t>(sizeof(typename Format::Element));
+  alignas(64) Sum lanes[kVectors * kLane] = {}, summed[kVectors];
+  for (int64_t col = 0; col < num_cols; col += kCols) {
+    for (int64_t c = 0; c < kCols && col + c < num_cols; ++c) {
+      const char* const* column = cols + col + c;
+      const bool last = col + c + 1 == num_cols;
+      if (!last || after.num_lines > 0) {
+        const char* next = last ? after.lines[0] + after.first_byte : column[1] + first_byte;
+        for (int64_t i = 0; i < kCacheLinesAhead; ++i) __builtin_prefetch(next + i * kCacheLine, 0, 3);
+      }
+      dot_line<Format, kRows>(rows, row_stride, *column + first_byte, count, lanes + c * kLane, kCols * kLane);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; i += kLane) {
+      SumVec<Format> vectors[kLane];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLane; ++j) vectors[j] = Simd<Sum>::load(lanes + (i + j) * kLane);
+      Simd<Sum>::store(summed + i, sum_lanes<Sum, kLane>(vectors));
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {  // past the last column an earlier one's sums, which the next overwrites
+      auto* to = reinterpret_cast<Loose*>(sums + row * sums_stride + col);
+      const Loose value = *reinterpret_cast<const Loose*>(summed + row * kCols);
+      *to = first_block ? value : *to + value;
+    }
+  }
+}
+
+template <typename Format>
+constexpr decltype(&dot_lines<Format, 1>) kDotLines[kDotLinesRows + 1] = {
+    nullptr, &dot_lines<Format, 1>, &dot_lines<Format, 2>, &dot_lines<Format, 3>, &dot_lines<Format, 4>};
+
 // Cache lines [line, end) of the next columns, counted through one column after the other, that a block of rows
 // fetches: in that order memory and the translation of addresses answer soonest.
 template <int kCols>
@@ -79,34 +154,34 @@ struct DotFetch {
 };
 
 // One vector of the inner dimension; unless kWhole, it is the columns' last, of `count` elements.
-template <typename Format, int kRows, int kSide, int kSumCols, bool kWhole>
+template <typename Format, int kRows, DotShape kShape, bool kWhole>
 MOE_INLINE void dot_step(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t offset,
                          int64_t count, SumVec<Format>* acc) {
-  UnitVec<Format> right[kSide];
+  UnitVec<Format> right[kShape.cols];
 #pragma GCC unroll 8
-  for (int col = 0; col < kSide; ++col) {
+  for (int col = 0; col < kShape.cols; ++col) {
     right[col] = kWhole ? Format::load(cols[col] + offset) : load_some<Format>(cols[col] + offset, count);
   }
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
     const UnitVec<Format> left = Simd<typename Format::Unit>::load(rows + row * row_stride);
 #pragma GCC unroll 8
-    for (int col = 0; col < kSide; ++col) {
-      SumVec<Format>& sum = acc[row * kSumCols + col];
+    for (int col = 0; col < kShape.cols; ++col) {
+      SumVec<Format>& sum = acc[row * kShape.sum_cols + col];
       sum = multiply_add<Format>(left, right[col], sum);
     }
   }
 }
 
-// kShape.side columns from end to end. Each step fetches kFetched lines of `wanted` from `line` on: to fetch costs an
+// Columns side by side from end to end. Each step fetches kFetched lines of `wanted` from `line` on: to fetch costs an
 // instruction, to keep account of it would cost more.
 template <typename Format, int kRows, DotShape kShape, int kFetched>
 MOE_INLINE void dot_side(const typename Format::Unit* rows, int64_t row_stride, const char* const* cols, int64_t count,
-                         const DotFetch<kShape.cols>& wanted, int64_t& line, SumVec<Format>* acc) {
+                         const DotFetch<kShape.cols>& wanted, SumVec<Format>* acc) {
   constexpr int64_t kElements = kLanes<Format> * Format::kPerUnit;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
   const int64_t whole = count / kElements * kElements;
-  int64_t k = 0;
+  int64_t k = 0, line = wanted.line;
   while (line < wanted.end && k < whole) {
     const int64_t col = line / wanted.lines, first = line - col * wanted.lines;
     const int64_t left = wanted.end - line, here = wanted.lines - first < left ? wanted.lines - first : left;
@@ -116,16 +191,16 @@ MOE_INLINE void dot_side(const typename Format::Unit* rows, int64_t row_stride, 
 #pragma GCC unroll 8
       for (int i = 0; i < kFetched; ++i) __builtin_prefetch(from + i * kCacheLine, 0, 3);
       from += kFetched * kCacheLine;
-      dot_step<Format, kRows, kShape.side, kShape.sum_cols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+      dot_step<Format, kRows, kShape, true>(rows, row_stride, cols, k * kBytes, 0, acc);
       rows += kLanes<Format>;
     }
     line += steps <= room ? here : room * kFetched;
   }
   for (; k < whole; k += kElements, rows += kLanes<Format>) {
-    dot_step<Format, kRows, kShape.side, kShape.sum_cols, true>(rows, row_stride, cols, k * kBytes, 0, acc);
+    dot_step<Format, kRows, kShape, true>(rows, row_stride, cols, k * kBytes, 0, acc);
   }
   if (k < count) {
-    dot_step<Format, kRows, kShape.side, kShape.sum_cols, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
+    dot_step<Format, kRows, kShape, false>(rows, row_stride, cols, k * kBytes, count - k, acc);
   }
 }
 
@@ -136,17 +211,12 @@ void dot_block(const typename Format::Unit* rows, int64_t row_stride, const char
   using Sum = typename Format::Sum;
   constexpr int kLane = kLanes<Format>, kCols = kShape.cols, kSumCols = kShape.sum_cols;
   constexpr int kUsed = kRows * kSumCols, kVectors = (kUsed + kLane - 1) / kLane * kLane;
-  static_assert(kCols % kShape.side == 0);
   // Sums past the last column: zeros, which the next block overwrites; later -0, which changes nothing there.
   const SumVec<Format> nothing = broadcast<Sum>(first ? Sum(0) : -Sum(0));
   SumVec<Format> acc[kVectors];
 #pragma GCC unroll 32
   for (int i = 0; i < kVectors; ++i) acc[i] = i % kSumCols < kCols ? SumVec<Format>{} : nothing;
-  int64_t line = wanted.line;
-#pragma GCC unroll 8
-  for (int col = 0; col < kCols; col += kShape.side) {
-    dot_side<Format, kRows, kShape, kFetched>(rows, row_stride, cols + col, count, wanted, line, acc + col);
-  }
+  dot_side<Format, kRows, kShape, kFetched>(rows, row_stride, cols, count, wanted, acc);
   typedef Sum Loose __attribute__((vector_size(kSumCols * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
   alignas(64) Sum summed[kVectors];
 #pragma GCC unroll 8
@@ -182,7 +252,7 @@ struct DotBlocks {
   }
 };
 
-template <typename Format, DotShape kShape, int kFetched = kShape.side>
+template <typename Format, DotShape kShape, int kFetched = kShape.cols>
 constexpr DotBlocks<Format, kShape, kFetched> kDotBlocks = {};
 
 // All columns: `blocks` of rows pass over a few of them, and share the lines of the next few to fetch.
@@ -217,15 +287,19 @@ void dot_columns(const DotBlock<Format, kCols>* of_rows, int64_t blocks, const t
 }
 
 template <typename Format>
-void dot(const void* rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
-         int64_t first, int64_t count, void* sums, int64_t sums_stride, bool first_block, const Fetch& after) {
-  const auto run = [&](auto* of_rows, int64_t blocks) {
-    dot_columns<Format>(of_rows, blocks, static_cast<const typename Format::Unit*>(rows), row_stride, num_rows, cols,
-                        num_cols, first, count, static_cast<typename Format::Sum*>(sums), sums_stride, first_block,
-                        after);
-  };
+void dot(const void* packed_rows, int64_t row_stride, int64_t num_rows, const char* const* cols, int64_t num_cols,
+         int64_t first, int64_t count, void* all_sums, int64_t sums_stride, bool first_block, const Fetch& after) {
+  const auto* rows = static_cast<const typename Format::Unit*>(packed_rows);
+  auto* sums = static_cast<typename Format::Sum*>(all_sums);
   const int64_t row_bytes = count / Format::kPerUnit * static_cast<int64_t>(sizeof(typename Format::Unit));
-  if (num_rows <= kDotLines.rows && row_bytes <= kDotLinesBytes) return run(kDotBlocks<Format, kDotLines>.of_rows, 1);
+  if (num_rows == 1 || (num_rows <= kDotLinesRows && num_rows * row_bytes <= kDotLinesBytes)) {
+    return kDotLines<Format>[num_rows](rows, row_stride, cols, num_cols, first, count, sums, sums_stride, first_block,
+                                       after);
+  }
+  const auto run = [&](auto* of_rows, int64_t blocks) {
+    dot_columns<Format>(of_rows, blocks, rows, row_stride, num_rows, cols, num_cols, first, count, sums, sums_stride,
+                        first_block, after);
+  };
   if (num_rows <= kDotFew.rows) return run(kDotBlocks<Format, kDotFew>.of_rows, 1);
   const int64_t blocks = (num_rows + kDotMany.rows - 1) / kDotMany.rows;
   constexpr int kHalf = (kDotMany.cols + 1) / 2, kThird = (kDotMany.cols + 2) / 3;
