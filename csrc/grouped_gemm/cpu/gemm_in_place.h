@@ -2,7 +2,8 @@
 //   dot    lines along the inner dimension: up to 4 rows read one after the other, more of them 7 rows x 4 or 4 x 6
 //          columns of accumulators side by side; lanes are summed at the end
 //   axpy   lines across it, a few rows: eight steps of them side by side, swept from end to end, the next eight fetched
-//          meanwhile; sums stay in L1, and each vector of weights meets all rows while it is in a register
+//          meanwhile, or one step where that reads memory as it lies; sums stay in L1, and each vector of weights meets
+//          all rows while it is in a register
 #pragma once
 
 #include "gemm_formats.h"
@@ -310,6 +311,9 @@ void dot(const void* packed_rows, int64_t row_stride, int64_t num_rows, const ch
 }
 
 constexpr int kAxpySteps = 8;
+// Up to so many rows, with so many bytes of sums, take lines that follow each other in memory one step after the other.
+constexpr int kAxpyLinesRows = 4;
+constexpr int64_t kAxpyLinesBytes = 32768;
 
 // sums [num_rows] of one vector of columns += left @ kSteps steps of lines; only the first `count` columns exist.
 template <typename Format, int kSteps, bool kPartial>
@@ -361,15 +365,64 @@ MOE_INLINE void axpy_block(const typename Format::Unit* left, int64_t num_rows, 
   }
 }
 
+// The same for one step and all whole blocks of columns: factors stay in registers, and little stands between one line
+// of memory and the next. How many columns that are.
+template <typename Format, int kRows, bool kFirst>
+MOE_INLINE int64_t axpy_step(const typename Format::Unit* left, const char* const* lines, int64_t first_byte,
+                             int64_t num_cols, typename Format::Sum* sums, int64_t stride, const char* const* next) {
+  using Sum = typename Format::Sum;
+  constexpr int kVectors = Format::kPerUnit, kBlock = kLanes<Format> * kVectors;
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
+  const char *here[kVectors], *fetched[kVectors];
+#pragma GCC unroll 2
+  for (int i = 0; i < kVectors; ++i) here[i] = lines[i] + first_byte, fetched[i] = next[i];
+  UnitVec<Format> factors[kRows];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) factors[row] = broadcast<typename Format::Unit>(left[row * kLeftStride]);
+  int64_t col = 0;
+  for (; col + kBlock <= num_cols; col += kBlock) {
+    UnitVec<Format> right[kVectors];
+#pragma GCC unroll 2
+    for (int i = 0; i < kVectors; ++i) __builtin_prefetch(fetched[i] + col * kBytes, 0, 3);
+    load_block_across<Format>(here, kVectors, 0, col, right);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        Sum* to = sums + row * stride + col + v * kLanes<Format>;
+        const SumVec<Format> before = kFirst ? SumVec<Format>{} : Simd<Sum>::load(to);
+        Simd<Sum>::store(to, multiply_add<Format>(factors[row], right[v], before));
+      }
+    }
+  }
+  return col;
+}
+
+template <typename Format, int kRows = kAxpyLinesRows>
+int64_t axpy_step(const typename Format::Unit* left, int64_t num_rows, const char* const* lines, int64_t first_byte,
+                  int64_t num_cols, typename Format::Sum* sums, int64_t stride, bool first, const char* const* next) {
+  if constexpr (kRows > 1) {
+    if (num_rows < kRows) {
+      return axpy_step<Format, kRows - 1>(left, num_rows, lines, first_byte, num_cols, sums, stride, first, next);
+    }
+  }
+  return first ? axpy_step<Format, kRows, true>(left, lines, first_byte, num_cols, sums, stride, next)
+               : axpy_step<Format, kRows, false>(left, lines, first_byte, num_cols, sums, stride, next);
+}
+
 // `next` are where the lines begin that are fetched meanwhile, kSteps steps of them.
 template <typename Format, int kSteps>
 void axpy_lines(const typename Format::Unit* left, int64_t num_rows, const char* const* lines, int64_t num_lines,
                 int64_t step, int64_t first_col, int64_t num_cols, typename Format::Sum* sums, int64_t stride,
-                bool first, const char* const* next) {
+                bool first, const char* const* next, bool in_registers) {
   constexpr int kCount = kLanes<Format>, kBlock = kCount * Format::kPerUnit;
   constexpr int kLines = kSteps * Format::kPerUnit;
   constexpr auto kBytes = static_cast<int64_t>(sizeof(typename Format::Element));
   int64_t col = 0;
+  if (kSteps == 1 && in_registers && (step + 1) * Format::kPerUnit <= num_lines) {
+    col = axpy_step<Format>(left + step, num_rows, lines + step * Format::kPerUnit, first_col * kBytes, num_cols, sums,
+                            stride, first, next);
+  }
   for (; col + kBlock <= num_cols; col += kBlock) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLines; ++i) __builtin_prefetch(next[i] + col * kBytes, 0, 2);
@@ -396,22 +449,26 @@ void axpy(const void* left, int64_t num_rows, const char* const* lines, int64_t 
   int64_t step = 0;
   const char* next[kLines];
   // Lines past the last are the first of `after`.
-  const auto find_next = [&](int64_t line) {
-    for (int64_t i = 0; i < kLines; ++i, ++line) {
+  const auto find_next = [&](int64_t ahead_steps) {
+    int64_t line = (step + ahead_steps) * Format::kPerUnit;
+    for (int64_t i = 0; i < ahead_steps * Format::kPerUnit; ++i, ++line) {
       const bool here = line < num_lines || after.num_lines == 0;
       const int64_t ahead = line - num_lines < after.num_lines ? line - num_lines : after.num_lines - 1;
       next[i] = here ? lines[line < num_lines ? line : num_lines - 1] + first_col * kBytes
                      : after.lines[ahead] + after.first_byte;
     }
   };
-  for (; step + kAxpySteps <= steps; step += kAxpySteps, first = false) {
-    find_next((step + kAxpySteps) * Format::kPerUnit);
+  const bool in_order = num_lines > 1 && lines[1] - lines[0] == num_cols * kBytes && num_rows <= kAxpyLinesRows &&
+                        num_rows * num_cols * static_cast<int64_t>(sizeof(typename Format::Sum)) <= kAxpyLinesBytes;
+  for (; !in_order && step + kAxpySteps <= steps; step += kAxpySteps, first = false) {
+    find_next(kAxpySteps);
     axpy_lines<Format, kAxpySteps>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first,
-                                   next);
+                                   next, false);
   }
   for (; step < steps; ++step, first = false) {
-    find_next((step + 1) * Format::kPerUnit);
-    axpy_lines<Format, 1>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first, next);
+    find_next(1);
+    axpy_lines<Format, 1>(units, num_rows, lines, num_lines, step, first_col, num_cols, to, sums_stride, first, next,
+                          in_order);
   }
   for (int64_t row = 0; first && row < num_rows; ++row) {  // a product over nothing
     for (int64_t col = 0; col < num_cols; ++col) to[row * sums_stride + col] = 0;

@@ -233,7 +233,8 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   }
 }
 
-constexpr int64_t kFewRowsStride = kTileRows * kTileCols / kFewRows;
+constexpr int64_t kSweepCols = kTileRows * kTileCols / kFewRows;
+constexpr int64_t kFewRowsStride = kSweepCols + 48;  // not a power of two, or rows would crowd a set of L1
 static_assert(kFewRowsWider * kTileCols + 2 * kDotRoom <= kFewRowsStride);
 constexpr int64_t kDotLineBytes = 2048;  // of a packed row, where 5 to 32 of them and six columns shall stay in L1
 
@@ -375,22 +376,24 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
     }
   } else {
     const int64_t step = kDepth * kernels.elements_per_unit;
+    // Halves that lie side by side are swept as one.
+    const int64_t sweeps = pair_at == product.pair ? 1 : halves, sweep_cols = tile.cols * (halves / sweeps);
     add_lines(product.right, 0, inner, element, scratch.right_lines);
     for (int64_t k = 0; k == 0 || k < inner; k += step) {
       const int64_t count = std::min(step, inner - k);
       kernels.pack_left_inner(scratch.left, kLeftStride, scratch.left_lines.data(), tile.rows, k, count);
-      for (int64_t half = 0; half < halves; ++half) {
+      for (int64_t half = 0; half < sweeps; ++half) {
         Fetch after;
         const auto read_next = [&](int64_t from, int64_t lines, int64_t first_col) {
-          after = {scratch.right_lines.data() + from, lines, first_col * element, tile.cols * element};
+          after = {scratch.right_lines.data() + from, lines, first_col * element, sweep_cols * element};
         };
-        if (half + 1 < halves) {
+        if (half + 1 < sweeps) {
           read_next(k, count, tile.col + product.pair);
         } else if (k + step < inner) {
           read_next(k + step, std::min(step, inner - k - step), tile.col);
         }
         kernels.axpy(scratch.left, tile.rows, scratch.right_lines.data() + k, count, tile.col + half * product.pair,
-                     tile.cols, sums_at(half * pair_at), stride, k == 0, after);
+                     sweep_cols, sums_at(half * pair_at), stride, k == 0, after);
       }
     }
   }
@@ -444,7 +447,7 @@ TileGrid::TileGrid(const Product& product, int64_t num_products, const GemmKerne
   const bool stays = way == Way::kPacked && left_stays(product, std::min(rows, kTileRows), kernels);
   if (stays || way == Way::kTurned) wider = 8;
   if (way == Way::kDot) wider = dot_cols(rows) / kTileCols;
-  const int64_t largest_cols = swept ? kFewRowsStride : wider * kTileCols;
+  const int64_t largest_cols = swept ? kSweepCols : wider * kTileCols;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t shortest_sweep = kShortestSweep / kernels.element_bytes;
   int64_t tile_rows = kTileRows, tile_cols = largest_cols / (product.pair ? 2 : 1);
