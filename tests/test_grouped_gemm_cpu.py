@@ -59,20 +59,32 @@ def small_integers(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return lambda *shape: torch.randint(-2, 3, shape, generator=generator).to(dtype)
 
 
+def check_exactly(counts: torch.Tensor, num_columns: int, in_features: int, layout: str, dtype: torch.dtype) -> None:
+    """Experts that hold ``counts`` rows: the product of integers is right to the last bit."""
+    integers = small_integers(dtype)
+    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+    rows, weight = integers(int(offsets[-1]), in_features), integers(len(counts), num_columns, in_features)
+    groups = rows.double().split(counts.tolist())
+    expected = torch.cat([group @ matrix.double().T for group, matrix in zip(groups, weight, strict=True)]).to(dtype)
+    if layout == "ekn":
+        weight = weight.transpose(1, 2).contiguous()
+    assert torch.equal(moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout), expected)
+
+
 # Numbers of rows differ in which way they are multiplied, in how many at once, in the depth of a block, in who fetches
 # what ahead. 75 columns are a group of those that are read in place, and a part of one; 1101 elements leave half a pair.
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("in_features", [40, 1101])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_small_number_of_rows(layout, in_features, dtype):
-    counts, integers = torch.arange(99), small_integers(dtype)
-    offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
-    rows, weight = integers(int(offsets[-1]), in_features), integers(len(counts), 75, in_features)
-    groups = rows.double().split(counts.tolist())
-    expected = torch.cat([group @ matrix.double().T for group, matrix in zip(groups, weight, strict=True)]).to(dtype)
-    if layout == "ekn":
-        weight = weight.transpose(1, 2).contiguous()
-    assert torch.equal(moe_ext.grouped_gemm(rows, weight, offsets, weight_layout=layout), expected)
+    check_exactly(torch.arange(99), 75, in_features, layout, dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_few_rows_of_more_than_a_block(layout, dtype):
+    """Longer than what of a row stays in L2."""
+    check_exactly(torch.arange(1, 5), 11, 240_003, layout, dtype)
 
 
 # 141 columns are four panels and a part of one; the last block of the inner dimension is whole vectors or not; odd numbers

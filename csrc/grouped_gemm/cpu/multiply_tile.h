@@ -15,9 +15,9 @@
 // of the time at 64 rows: with AVX-512 float32 and pairs of bfloat16 are packed between the multiply-adds of the panel
 // before (gemm_ahead.h). Where products whose lines run along the inner dimension on both sides have few rows, even
 // that is too much: they take the weights as they lie. 25 to 96 rows are packed instead, as lanes, and each unit of a
-// weight is broadcast to them (gemm_turned.h); fewer are multiplied 7 rows x 4 columns or 4 x 6 at a time, and lanes
-// are summed at the end (gemm_in_place.h). So are products of at most kFewRows rows the other way. choose_way in
-// multiply_tile_cpu.cpp has the rule.
+// weight is broadcast to them (gemm_turned.h); fewer are multiplied 7 rows x 4 columns or 4 x 6 at a time, up to four
+// column by column, and lanes are summed at the end (gemm_in_place.h). So are products of at most kFewRows rows the
+// other way. choose_way in multiply_tile_cpu.cpp has the rule.
 #pragma once
 
 #include <functional>
