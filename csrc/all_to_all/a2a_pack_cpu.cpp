@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "../common/cpu_parallel.h"
+#include "../common/tensors.h"
 #include "../permutation/permute.h"
 #include "../permutation/unpermute.h"
-#include "../common/tensors.h"
 
 namespace moe_ext::cpu {
 namespace {

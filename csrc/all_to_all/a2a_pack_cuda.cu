@@ -5,9 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
+#include "../common/tensors.h"
 #include "../permutation/permute.h"
 #include "../permutation/unpermute.h"
-#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -10,8 +10,8 @@
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
-#include "fp8_block.h"
 #include "../common/tensors.h"
+#include "fp8_block.h"
 
 namespace moe_ext::cpu {
 namespace {

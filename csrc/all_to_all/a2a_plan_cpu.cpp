@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../common/cpu_parallel.h"
-#include "../plan/routing_plan.h"
 #include "../common/tensors.h"
+#include "../plan/routing_plan.h"
 
 namespace moe_ext::cpu {
 

@@ -7,8 +7,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
-#include "../plan/routing_plan.h"
 #include "../common/tensors.h"
+#include "../plan/routing_plan.h"
 
 namespace moe_ext::cuda {
 namespace {

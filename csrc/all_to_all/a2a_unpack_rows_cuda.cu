@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/row_access.h"
-#include "fp8_block.h"
 #include "../common/tensors.h"
+#include "fp8_block.h"
 
 namespace moe_ext::cuda {
 namespace {

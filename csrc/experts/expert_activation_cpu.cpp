@@ -4,8 +4,8 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
-#include "activation_rows.h"
 #include "../common/tensors.h"
+#include "activation_rows.h"
 
 namespace moe_ext::cpu {
 

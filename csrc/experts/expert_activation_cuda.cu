@@ -11,9 +11,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/row_access.h"
+#include "../common/tensors.h"
 #include "activation_epilogue.h"
 #include "activation_vectors.h"
-#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {

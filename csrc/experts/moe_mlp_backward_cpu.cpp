@@ -2,8 +2,8 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/huge_pages.h"
-#include "../common/tensors.h"
 #include "../common/stream_rows.h"
+#include "../common/tensors.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "down_gradient.h"
 #include "expert_pipeline.h"

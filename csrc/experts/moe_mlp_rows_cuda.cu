@@ -11,9 +11,9 @@
 //   Traffic: M*H elements read, written and read again. Bound: device memory.
 #include "moe_mlp_rows.h"
 
+#include "../common/tensors.h"
 #include "../grouped_gemm/grouped_bias_grad.h"
 #include "activation_vectors.h"
-#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -7,10 +7,10 @@
 //   Bound: device memory.
 #include "moe_mlp_rows.h"
 
+#include "../common/tensors.h"
 #include "../grouped_gemm/groups.h"
 #include "../grouped_gemm/launch_arguments.h"
 #include "activation_vectors.h"
-#include "../common/tensors.h"
 
 namespace moe_ext::cuda {
 namespace {

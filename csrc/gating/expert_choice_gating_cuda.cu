@@ -11,8 +11,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "expert_row.h"
 #include "../common/tensors.h"
+#include "expert_row.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -2,8 +2,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "row_cpu.h"
 #include "../common/tensors.h"
+#include "row_cpu.h"
 
 namespace moe_ext::cpu {
 namespace {

@@ -12,8 +12,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "topk_selection.h"
 #include "../common/tensors.h"
+#include "topk_selection.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_launch.h"
-#include "launch_arguments.h"
 #include "../common/tensors.h"
+#include "launch_arguments.h"
 
 namespace moe_ext::cuda {
 

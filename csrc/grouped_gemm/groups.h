@@ -12,8 +12,8 @@
 
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
-#include "weight_layout.h"
 #include "../common/tensors.h"
+#include "weight_layout.h"
 
 namespace moe_ext {
 

@@ -3,9 +3,9 @@
 
 #include "../common/dtypes.h"
 #include "../common/row_maps.h"
+#include "../common/tensors.h"
 #include "fused_gemm.h"
 #include "grouped_gemm_kernels.h"
-#include "../common/tensors.h"
 
 namespace moe_ext {
 

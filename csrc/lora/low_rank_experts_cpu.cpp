@@ -14,8 +14,8 @@
 
 #include "../common/cpu_parallel.h"
 #include "../common/host_device.h"
-#include "../grouped_gemm/groups.h"
 #include "../common/tensors.h"
+#include "../grouped_gemm/groups.h"
 
 namespace moe_ext::cpu {
 namespace {

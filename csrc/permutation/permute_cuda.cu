@@ -9,8 +9,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "padding_rows.h"
 #include "../common/tensors.h"
+#include "padding_rows.h"
 
 namespace moe_ext::cuda {
 namespace {

@@ -7,8 +7,8 @@
 
 #include "../common/huge_pages.h"
 #include "../common/stream_rows.h"
-#include "../common/weighted_rows.h"
 #include "../common/tensors.h"
+#include "../common/weighted_rows.h"
 
 namespace moe_ext::cpu {
 namespace {
