@@ -16,10 +16,14 @@ from test_grouped_gemm import LAYOUTS, Case
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", [(700, 96, 600, 3, 2), (150, 600, 2200, 4, 2), (85, 600, 200, 1, 1)])
-def test_same_bits_for_any_number_of_threads(shape, dtype):
-    """Large products, wide ones of few rows, and one that has fewer tiles than there could be."""
-    case = Case(shape, "zipf", dtype=dtype, gather=True, bias=True)
+@pytest.mark.parametrize(
+    "shape", [(700, 96, 600, 3, 2), (150, 600, 2200, 4, 2), (85, 600, 200, 1, 1), (12, 300, 2048, 16, 2)]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_for_any_number_of_threads(layout, shape, dtype):
+    """Large products, wide ones of few rows, one that has fewer tiles than there could be, and few rows for whose sake
+    one thread sweeps whole lines and two half of them."""
+    case = Case(shape, "zipf", dtype=dtype, layout=layout, gather=True, bias=True)
     case.check()
     threads = torch.get_num_threads()
     results = []

@@ -1,6 +1,7 @@
 // Products that read the right factor in place: each of its lines leaves memory once, and none is packed.
-//   dot    lines along the inner dimension: up to 4 rows read one after the other, more of them 7 rows x 4 or 4 x 6
-//          columns of accumulators side by side; lanes are summed at the end
+//   dot    lines along the inner dimension: up to 4 rows meet columns one after the other, more rows 4 or 6 columns
+//   side
+//          by side, with 7 rows x 4 or 4 x 6 accumulators; lanes are summed at the end
 //   axpy   lines across it, a few rows: eight steps of them side by side, swept from end to end, the next eight fetched
 //          meanwhile, or one step where that reads memory as it lies; sums stay in L1, and each vector of weights meets
 //          all rows while it is in a register

@@ -25,6 +25,8 @@ constexpr int64_t kStripsToPackAhead = 3;
 // Up to so many sums of a column a tile is four times as wide.
 constexpr int64_t kWideRowsBytes = 96 * 4;
 constexpr int64_t kFewRowsWider = 4;  // few rows read faster than they multiply: memory waits where a tile begins
+constexpr int64_t kSweepCols = kTileRows * kTileCols / kFewRows;  // the widest tile that is swept
+constexpr int64_t kSweepStride = kSweepCols + 48;  // not a power of two, or rows of sums would crowd a set of L1
 constexpr int64_t kDotRowsBytes = 448 << 10;  // of packed rows: they stay in L2, and their lines are not so far apart
                                               // that they crowd a set of L1
 constexpr int64_t kDotRowsRoom = 32;          // units between packed rows, which are then not a power of two apart
@@ -48,6 +50,7 @@ struct Scratch {
     constexpr int64_t kLeft = kLeftBytes, kRight = (kDepth + 16) * kMaxPanelCols * kUnit;
     constexpr int64_t kSums = kTileRows * (kTileCols + 2 * kDotRoom) * kUnit;
     static_assert(4 * kTileCols * kWideRowsBytes <= kSums);
+    static_assert(kFewRows * std::max(kSweepStride, kFewRowsWider * kTileCols + 2 * kDotRoom) * kUnit <= kSums);
     static_assert(kDotRowsBytes + kTileRows * (64 + kDotRowsRoom * kUnit) <= kLeft);
     memory.reset(static_cast<char*>(allocate_on_huge_pages(kLeft + 2 * kRight + kSums)));
     MOE_CHECK(memory, "grouped_gemm: out of memory for the scratch space of a thread");
@@ -233,9 +236,6 @@ void multiply_packed(const Product& product, const Tile& tile, const GemmKernels
   }
 }
 
-constexpr int64_t kSweepCols = kTileRows * kTileCols / kFewRows;
-constexpr int64_t kFewRowsStride = kSweepCols + 48;  // not a power of two, or rows would crowd a set of L1
-static_assert(kFewRowsWider * kTileCols + 2 * kDotRoom <= kFewRowsStride);
 constexpr int64_t kDotLineBytes = 2048;  // of a packed row, where 5 to 32 of them and six columns shall stay in L1
 
 // How a product is computed: by all of it, so that how it is cut changes no bit.
@@ -345,7 +345,7 @@ void multiply_in_place(const Product& product, const Tile& tile, const GemmKerne
   const int64_t element = kernels.element_bytes, inner = product.left.cols;
   const Panels panels = {tile.col, tile.cols, product.pair, kernels.panel_cols};
   const bool dot = way == Way::kDot;
-  const int64_t stride = dot ? dot_cols(product.left.rows) + 2 * kDotRoom : kFewRowsStride;
+  const int64_t stride = dot ? dot_cols(product.left.rows) + 2 * kDotRoom : kSweepStride;
   const int64_t halves = product.pair ? 2 : 1;
   // Sums lie as [rows][stride], a pair's second half behind the first.
   const int64_t pair_at = divide_up(tile.cols, panels.width) * panels.width + (dot ? kDotRoom : 0);
