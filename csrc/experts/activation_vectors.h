@@ -29,28 +29,44 @@ struct GateUpVector {
   float up[width];
 };
 
+// What one vector of outputs is made from, as it lies in memory: gate and up, or an interleaved stretch in two.
+template <RowMode mode, typename scalar_t, int width>
+struct PackedGateUp {
+  Vector<scalar_t, width> parts[mode == RowMode::kPlain ? 1 : 2];
+};
+
 // Vector `column` of a row whose output has `row_vectors` vectors.
 template <RowMode mode, typename scalar_t, int width>
-__device__ GateUpVector<width> load_gate_up(const Vector<scalar_t, width>* row, int64_t column, int64_t row_vectors) {
-  GateUpVector<width> result;
-  if constexpr (mode == RowMode::kInterleaved) {
-    const Vector<scalar_t, width> pair[2] = {row[2 * column], row[2 * column + 1]};
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      result.gate[i] = static_cast<float>(pair[2 * i / width].values[2 * i % width]);
-      result.up[i] = static_cast<float>(pair[(2 * i + 1) / width].values[(2 * i + 1) % width]);
-    }
+__device__ PackedGateUp<mode, scalar_t, width> load_packed(const Vector<scalar_t, width>* row, int64_t column,
+                                                           int64_t row_vectors) {
+  if constexpr (mode == RowMode::kPlain) {
+    return {{row[column]}};
+  } else if constexpr (mode == RowMode::kConcatenated) {
+    return {{row[column], row[row_vectors + column]}};
   } else {
-    const Vector<scalar_t, width> gate = row[column];
+    return {{row[2 * column], row[2 * column + 1]}};
+  }
+}
+
+template <RowMode mode, typename scalar_t, int width>
+__device__ GateUpVector<width> unpack_gate_up(const PackedGateUp<mode, scalar_t, width>& packed) {
+  GateUpVector<width> result;
 #pragma unroll
-    for (int i = 0; i < width; ++i) result.gate[i] = static_cast<float>(gate.values[i]);
-    if constexpr (mode == RowMode::kConcatenated) {
-      const Vector<scalar_t, width> up = row[row_vectors + column];
-#pragma unroll
-      for (int i = 0; i < width; ++i) result.up[i] = static_cast<float>(up.values[i]);
+  for (int i = 0; i < width; ++i) {
+    if constexpr (mode == RowMode::kInterleaved) {
+      result.gate[i] = static_cast<float>(packed.parts[2 * i / width].values[2 * i % width]);
+      result.up[i] = static_cast<float>(packed.parts[(2 * i + 1) / width].values[(2 * i + 1) % width]);
+    } else {
+      result.gate[i] = static_cast<float>(packed.parts[0].values[i]);
+      if constexpr (mode == RowMode::kConcatenated) result.up[i] = static_cast<float>(packed.parts[1].values[i]);
     }
   }
   return result;
+}
+
+template <RowMode mode, typename scalar_t, int width>
+__device__ GateUpVector<width> load_gate_up(const Vector<scalar_t, width>* row, int64_t column, int64_t row_vectors) {
+  return unpack_gate_up(load_packed<mode>(row, column, row_vectors));
 }
 
 template <RowMode mode, typename scalar_t, int width>

@@ -221,80 +221,97 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
   }
 }
 
-// A buffer at a time holds D = dA', rounded to 16 bits as it would be in memory; from there 8 columns at a time meet
-// their part of H. A thread has the same four rows in every buffer and sums their dot products in registers; the eight
-// threads of a row add theirs in a fixed order.
+// Both buffers hold the warpgroup's D = dA', rounded to 16 bits as it would be in memory; from there 8 columns of each
+// at a time meet their part of H. A thread takes four rows, one after the other, so that the derivative is a loop that
+// exists once; H of two rows is on its way meanwhile, the first two's while the buffers are written. The eight threads
+// of a row add their parts of its dot product in a fixed order.
 template <typename Config>
 __device__ void store_derivatives(const ProductArguments& arguments, const Work& work, const MathThread& self,
                                   Staging& staging, const float (&accumulators)[Config::kWarpgroupColumns / 2]) {
   using Element = typename Config::Element;
   using Packed = Vector<Element, 8>;
+  constexpr int kBuffers = 2, kBufferColumns = kRowBytes / static_cast<int>(sizeof(Element));
   static_assert(!Config::kSplitsColumns, "one warpgroup must own a row's partial dot product");
-  constexpr int kChunks = kPieceRows * kRowChunks / kWarpgroup;
+  static_assert(Config::kWarpgroupColumns == kBuffers * kBufferColumns);
   constexpr int kParts = Config::kMode == cuda::RowMode::kPlain ? 1 : 2;
+  constexpr int kRowStride = kWarpgroup / kRowChunks, kThreadRows = kPieceRows / kRowStride;
+  constexpr int kWarpRows = kWarpSize / kRowChunks;  // next to each other
   const Differentiation& to = arguments.differentiation;
   const int64_t row = work.row + self.first_row, rows = work.row_end - row;
   if (rows <= 0) return;
   const int64_t row_vectors = arguments.columns / 8;
   const int chunk = self.thread % kRowChunks, first_row = self.thread / kRowChunks;
-  constexpr int kRowStride = kWarpgroup / kRowChunks;
-  float weight[kChunks], dot[kChunks];
-  bool held[kChunks];
+  const int64_t first_vector = work.column / 8 + chunk;
+
+  struct Ahead {
+    cuda::PackedGateUp<Config::kMode, Element, 8> x[kBuffers];
+  };
+  const auto load = [&](int row_in_piece) {
+    Ahead ahead = {};
+    const auto* source = static_cast<const Packed*>(to.pre_activation) + (row + row_in_piece) * row_vectors * kParts;
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int64_t m = row + first_row + i * kRowStride;
-    const int slot = first_row + i * kRowStride < rows ? arguments.gather.permuted_to_slot[m] : -1;
-    held[i] = slot >= 0 && slot < arguments.gather.num_slots;
-    weight[i] = held[i] && to.topk_weights ? to.topk_weights[slot] : 1.f;
-    dot[i] = 0.f;
-  }
-#pragma unroll
-  for (int first = 0; first < Config::kWarpgroupColumns; first += 64) {
-    const int64_t column = work.column + first;
-    if (column >= arguments.columns) break;
-    const int64_t vector = column / 8 + chunk;
-    cuda::GateUpVector<8> x[kChunks];  // on its way while the buffer is written
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      if (!held[i] || vector >= row_vectors) continue;
-      const int64_t m = row + first_row + i * kRowStride;
-      const auto* source = static_cast<const Packed*>(to.pre_activation) + m * row_vectors * kParts;
-      x[i] = cuda::load_gate_up<Config::kMode>(source, vector, row_vectors);
+    for (int b = 0; b < kBuffers; ++b) {
+      const int64_t vector = first_vector + b * kRowChunks;
+      if (row_in_piece < rows && vector < row_vectors) {
+        ahead.x[b] = cuda::load_packed<Config::kMode>(source, vector, row_vectors);
+      }
     }
-    char* buffer = staging.open();
-    write_piece<Element>(buffer, accumulators, first, self.thread, nullptr, 0);
-    staging.written();
+    return ahead;
+  };
+  Ahead next = load(first_row), after_next = load(first_row + kRowStride);
+
+  // Lane l looks after the slot of the warp's row l % kWarpRows of its thread row l / kWarpRows.
+  static_assert(kWarpRows * kThreadRows <= kWarpSize);
+  const int lane = self.thread % kWarpSize;
+  const int slot_row =
+      self.thread / kWarpSize * kWarpRows + lane % kWarpRows + lane / kWarpRows % kThreadRows * kRowStride;
+  const int slot = slot_row < rows ? arguments.gather.permuted_to_slot[row + slot_row] : -1;
+  const bool slot_held = slot >= 0 && slot < arguments.gather.num_slots;
+  const float slot_weight = slot_held && to.topk_weights ? to.topk_weights[slot] : 1.f;
+
+  staging.open_both();
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int row_in_piece = first_row + i * kRowStride;
+  for (int b = 0; b < kBuffers; ++b) {
+    write_piece<Element>(staging.buffer(b), accumulators, b * kBufferColumns, self.thread, nullptr, 0);
+  }
+  staging.written();
+
+  const unsigned all_held = __ballot_sync(0xffffffffu, slot_held);
+  float* partial = to.partial_dots + work.column / Config::kColumns * arguments.max_rows + row;
+#pragma unroll 1
+  for (int i = 0; i < kThreadRows; ++i) {
+    const int row_in_piece = first_row + i * kRowStride, slot_lane = i * kWarpRows + lane / kRowChunks;
+    const Ahead now = next;
+    next = after_next;
+    if (i + 2 < kThreadRows) after_next = load(row_in_piece + 2 * kRowStride);
+    const float weight = __shfl_sync(0xffffffffu, slot_weight, slot_lane);
+    const bool held = all_held >> slot_lane & 1;
+    float dot = 0.f;
+#pragma unroll
+    for (int b = 0; b < kBuffers; ++b) {
+      const int64_t vector = first_vector + b * kRowChunks, m = row + row_in_piece;
       if (row_in_piece >= rows || vector >= row_vectors) continue;
-      const int64_t m = row + row_in_piece;
       float scaled[8] = {};
       cuda::GateUpVector<8> derivative = {};
-      if (held[i]) {
+      if (held) {
         float grad[8], value[8];
-        unpack<Element>(load_shared_16(buffer + swizzled(row_in_piece, chunk * 16)), grad);
-        cuda::evaluate<Config::kMode>(arguments.activation, x[i], value, derivative);
+        unpack<Element>(load_shared_16(staging.buffer(b) + swizzled(row_in_piece, chunk * 16)), grad);
+        cuda::evaluate<Config::kMode>(arguments.activation, cuda::unpack_gate_up(now.x[b]), value, derivative);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          dot[i] += grad[e] * value[e];
-          scaled[e] = weight[i] * value[e];
-          derivative.gate[e] *= weight[i] * grad[e];
-          if constexpr (Config::kMode != cuda::RowMode::kPlain) derivative.up[e] *= weight[i] * grad[e];
+          dot += grad[e] * value[e];
+          scaled[e] = weight * value[e];
+          derivative.gate[e] *= weight * grad[e];
+          if constexpr (Config::kMode != cuda::RowMode::kPlain) derivative.up[e] *= weight * grad[e];
         }
       }
       store_global_16(static_cast<Packed*>(to.scaled) + m * row_vectors + vector, packed<Element>(scaled));
       auto* gradient = static_cast<Packed*>(to.grad_pre_activation) + m * row_vectors * kParts;
       cuda::store_gate_up<Config::kMode>(gradient, vector, row_vectors, derivative);
     }
-    staging.close();
-  }
-  float* partial = to.partial_dots + work.column / Config::kColumns * arguments.max_rows + row;
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-#pragma unroll
-    for (int offset = 1; offset < kRowChunks; offset *= 2) dot[i] += __shfl_xor_sync(0xffffffffu, dot[i], offset);
-    if (chunk == 0 && first_row + i * kRowStride < rows) partial[first_row + i * kRowStride] = dot[i];
+    for (int offset = 1; offset < kRowChunks; offset *= 2) dot += __shfl_xor_sync(0xffffffffu, dot, offset);
+    if (chunk == 0 && row_in_piece < rows) partial[row_in_piece] = dot;
   }
 }
 
