@@ -160,7 +160,7 @@ PIECES: dict[str, Callable[[], None]] = {
     **{
         f"{name}-{tile}": partial(run, torch.bfloat16, tile)
         for name, run in (("products", run_products), ("layer", run_forced_layer))
-        for tile in ("128x256", "128x128", "64x256")
+        for tile in ("128x256", "128x128", "64x256", "128x256x2")
     },
     "products-float16": partial(run_products, torch.float16, "128x256"),
     "products-cutlass": partial(run_products, torch.bfloat16, "cutlass_128x256"),

@@ -36,7 +36,7 @@ MAX_RERUNS = 8
 MAX_QUESTIONS = 2  # to cuda-gdb, which takes its time
 # Left to itself a small product takes one tile or none: these files run again on every tile, each n-th test of them.
 TILED_FILES = ("test_gpu_grouped_gemm.py", "test_gpu_experts.py")
-TILES = ("128x256", "128x128", "64x256")
+TILES = ("128x256", "128x128", "64x256", "128x256x2")
 TILE_SAMPLE = "3"
 LOG_TAIL = 3000  # characters
 SHOWN_LINES = 12  # of what went wrong, in the summary

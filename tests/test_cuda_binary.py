@@ -20,9 +20,9 @@ from sass import parse
 
 LIBRARY = Path(moe_ext.__file__).parent / "libmoe_ext_cuda.so"
 NUM_CUTLASS_KERNELS = 8  # of csrc/grouped_gemm/tensor_core_kernels.h, for each architecture
-# csrc/grouped_gemm/sm90/products.h: of 2 dtypes and 3 tiles, 2 layouts plain and under 3 activations, and 2 wgrads; of 2
+# csrc/grouped_gemm/sm90/products.h: of 2 dtypes and 4 tiles, 2 layouts plain and under 3 activations, and 2 wgrads; of 2
 # dtypes, 2 layouts under the gradients of 3 activations.
-NUM_PRODUCTS = 2 * 3 * (2 + 3 * 2 + 2) + 2 * 2 * 3
+NUM_PRODUCTS = 2 * 4 * (2 + 3 * 2 + 2) + 2 * 2 * 3
 # Kernels that move whole rows, in the form for aligned rows -> 16-byte loads that a lane has under way before it uses
 # the first: kVectorsPerLane, kRowsAtOnce, or for activations the least of plain and gated rows.
 ROW_KERNELS = {
@@ -155,6 +155,8 @@ def test_products_keep_the_tensor_cores_busy(code_of_kernels):
         assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
         assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
         assert "UTMALDG" in sass and "LDGSTS" in sass, name
+        in_clusters = "ELi4ELi2ELNS0_6Finish" in name  # stages, cluster
+        assert (".MULTICAST" in sass, sass.count("UCGABAR_WAIT")) == (in_clusters, 2 * in_clusters), name
 
 
 def test_products_keep_to_the_registers_of_their_role(code_of_kernels, resources):
@@ -172,7 +174,11 @@ def test_products_keep_to_the_registers_of_their_role(code_of_kernels, resources
         for registers, code in roles.values():
             assert kernel.highest_register(code) < registers, name
         math, producer = roles["TRY_ALLOC"][1], roles["DEALLOC"][1]
-        assert not math & producer, f"{name}: roles share code"
+        # The blocks of a cluster part at a barrier, of both roles.
+        shared = [kernel.instructions[at] for at in sorted(math & producer)]
+        assert not shared or any("UCGABAR_WAIT" in instruction for instruction in shared), f"{name}: roles share code"
+        touching = re.compile(r"\b(HGMMA|UTMA\w+|SYNCS\S*|LD[GS]\w*|ST[GS]\S*)\s+(?!RZ)")
+        assert not any(touching.search(instruction) for instruction in shared), f"{name}: roles share code"
         assert any("HGMMA" in kernel.instructions[at] for at in math), name
         assert any("UTMALDG" in kernel.instructions[at] for at in producer), name
         assert resources[f"sm_90a {name}"]["REG"] == 168, f"{name}: not what setmaxnreg starts from"

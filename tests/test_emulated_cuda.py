@@ -75,7 +75,7 @@ def test_family_on_tensor_cores(family, capability, emulated_library):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed, tile", enumerate(["128x256", "128x128", "64x256"]))
+@pytest.mark.parametrize("seed, tile", enumerate(["128x256", "128x128", "64x256", "128x256x2"]))
 def test_sm90_tiles(seed, tile, emulated_library):
     """Every compiled tile on what only tensor cores see, threads and copies in another order each time."""
     run_tests(

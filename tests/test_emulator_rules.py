@@ -29,6 +29,7 @@ bool first() { return linear_thread() == 0; }
 alignas(16) char memory[1 << 20];
 
 void block(int threads, const std::function<void()>& kernel) { moe_emulator::run_grid(1, threads, kBytes, kernel); }
+void pair(const std::function<void()>& kernel) { moe_emulator::run_grid(2, 32, kBytes, kernel, 2); }
 void init(bool fence = true) {
   if (first()) {
     barrier_init(barrier(), 1);
@@ -70,6 +71,21 @@ void load(const TensorMap& map, char* target) {
     }
   });
 }
+// Each block loads half of 16 KiB into both, once the other's barrier is ready.
+void load_to_pair(const TensorMap& map, int64_t bytes) {
+  pair([&] {
+    init();
+    cluster_sync();
+    const unsigned rank = moe_emulator::cluster_rank();
+    if (first()) {
+      barrier_arrive_expect(barrier(), bytes);
+      tma_load_to_cluster(map, barrier(), shared() + 8192 * rank, 3, 64 * rank, 0);
+      barrier_wait(barrier(), 0);
+      if (std::memcmp(shared(), shared() + 8192, 8192) != 0) moe_emulator::fail("halves of zeros differ");
+    }
+    cluster_sync();
+  });
+}
 
 int main(int, char** arguments) {
   const std::map<std::string, std::function<void()>> kernels = {
@@ -77,7 +93,27 @@ int main(int, char** arguments) {
          multiply([](uint64_t d) { return d; }, Major::kK);
          multiply([](uint64_t d) { return d; }, Major::kMN);
          load(encode(matrix()), shared());
+         load_to_pair(encode(matrix()), 16384);
        }},
+      {"pair bytes", [] { load_to_pair(encode(matrix()), 24576); }},
+      {"pair fence", [] {
+         pair([] {
+           if (moe_emulator::cluster_rank() == 0) init();
+           if (moe_emulator::cluster_rank() == 0 && first()) barrier_arrive_at(barrier(), 1);
+           cluster_sync();
+         });
+       }},
+      {"pair ended", [] {
+         pair([] {
+           init();
+           cluster_sync();
+           if (moe_emulator::cluster_rank() == 1 || !first()) return;
+           moe_emulator::wait_until([] { return moe_emulator::block_ended(1); });
+           barrier_arrive_at(barrier(), 1);
+         });
+       }},
+      {"pair rank", [] { block(32, [] { init(); if (first()) barrier_arrive_at(barrier(), 1); }); }},
+      {"pair grid", [] { moe_emulator::run_grid(3, 32, kBytes, [] {}, 2); }},
       {"fence", [] { block(32, [] { init(false); if (first()) barrier_arrive(barrier()); }); }},
       {"phase", [] {
          block(32, [] {
@@ -152,6 +188,11 @@ MESSAGES = {
     "parity": "is 0 or 1",
     "expect": "more bytes than it can count",
     "missing bytes": "deadlock",
+    "pair bytes": "deadlock",
+    "pair fence": "before it was initialised",
+    "pair ended": "after it has ended",
+    "pair rank": "the cluster has not",
+    "pair grid": "whole clusters",
     "outside": "leaves the shared memory",
     "tma outside": "leaves the shared memory",
     "tma aligned": "aligned to 1024 bytes",

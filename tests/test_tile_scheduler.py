@@ -193,7 +193,10 @@ def test_tiles_are_those_that_cmake_compiles():
     from moe_ext import _host
 
     listed = (SOURCE.parent.parent / "cmake/GroupedGemmKernels.cmake").read_text()
-    compiled = re.search(r"foreach\(tile IN ITEMS ([\d, ]+)\)", listed)
+    compiled = re.search(r"foreach\(row IN ITEMS ([\dx, ]+)\)", listed)
     tiles = [t for t in _host.sm90_tiles() if not t["name"].startswith("cutlass")]
-    assert compiled and compiled[1].split() == [f"{t['rows']},{t['columns']},{t['stages']}" for t in tiles]
-    assert all(t["name"] == f"{t['rows']}x{t['columns']}" for t in tiles)
+    keys = ("name", "rows", "columns", "stages", "cluster")
+    assert compiled and compiled[1].split() == [",".join(str(t[key]) for key in keys) for t in tiles]
+    for tile in tiles:
+        cluster = f"x{tile['cluster']}" if tile["cluster"] > 1 else ""
+        assert tile["name"] == f"{tile['rows']}x{tile['columns']}{cluster}"

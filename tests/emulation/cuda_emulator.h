@@ -1,12 +1,13 @@
 // Runs the project's CUDA kernels on the CPU, so that machines without a GPU can test them.
 //
-// The .cu files are compiled as C++ with this header in place of the CUDA runtime. Blocks run one after the other; the
-// threads of a block are fibers on one OS thread. A fiber runs until it meets a barrier or a warp collective, then the
-// next one runs: between two barriers threads never interleave, but their order is shuffled (MOE_EMULATOR_SEED), so a
-// missing barrier shows as a wrong result. Shared memory is poisoned before each block. A barrier that part of a block
-// never reaches, or a collective whose mask names lanes that never come, ends the process with a message.
-// Timing, occupancy and memory ordering between blocks are out of scope. mma.sync and cp.async: sm80_emulator.h; what
-// sm_90a adds (mbarriers, TMA, wgmma, ...) is modelled by hopper_emulator.h through the hooks below.
+// The .cu files are compiled as C++ with this header in place of the CUDA runtime. Blocks run one after the other,
+// those of a cluster together; their threads are fibers on one OS thread. A fiber runs until it meets a barrier or a
+// warp collective, then the next one runs: between two barriers threads never interleave, but their order is shuffled
+// (MOE_EMULATOR_SEED), so a missing barrier shows as a wrong result. Shared memory is poisoned before each block. A
+// barrier that part of a block never reaches, or a collective whose mask names lanes that never come, ends the process
+// with a message. Kernels of clusters may have no static shared memory: their blocks would share it. Timing, occupancy
+// and memory ordering between blocks are out of scope. mma.sync and cp.async: sm80_emulator.h; what sm_90a adds
+// (mbarriers, TMA, wgmma, ...) is modelled by hopper_emulator.h through the hooks below.
 #pragma once
 
 #include <cmath>
@@ -43,26 +44,33 @@ extern dim3 thread_index, block_index, block_size, grid_size;
 constexpr int kWarpSize = 32;
 constexpr size_t kMaxSharedBytes = 227 * 1024;  // what a block can opt into on sm_90
 constexpr size_t kDefaultSharedBytes = 48 * 1024;
+constexpr unsigned kMaxThreads = 1024;  // of a block
+constexpr unsigned kMaxCluster = 2;     // blocks; the hardware takes 8
 
-// Runs `thread` once for every thread of every block.
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` once for every thread of every block; `cluster` blocks along x form a cluster.
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread, unsigned cluster = 1);
 
-void* dynamic_shared();  // 1024-byte aligned
+unsigned cluster_rank();  // of the block that runs, in its cluster
+unsigned cluster_size();
+bool block_ended(unsigned rank);         // all threads of this block of the cluster
+void* dynamic_shared();                  // 1024-byte aligned
+void* dynamic_shared_of(unsigned rank);  // they lie kMaxSharedBytes apart
 size_t dynamic_shared_bytes();
 // A launch that wants more than kDefaultSharedBytes must have asked for it, anew each time: the device may be another.
 void allow_shared(const void* kernel, size_t bytes);
 void require_shared(const void* kernel, size_t bytes);
 void sync_block();
+void sync_cluster();
 
 // Ends the process, naming block and thread.
 [[noreturn]] void fail(const std::string& message);
-unsigned linear_thread();
+unsigned linear_thread();  // in its block
 // The other threads of the block run until `ready` holds.
 void wait_until(const std::function<bool()>& ready);
 // An asynchronous copy in flight: carried out at a random later time, in random order, when all threads wait at the
 // latest. A block ends only after all of its copies.
 void deliver_later(std::function<void()> delivery);
-// Called as each block starts and after it has ended.
+// Called as each block, or cluster, starts and after it has ended.
 void on_block(std::function<void()> start, std::function<void()> end);
 
 // Every lane of `mask` leaves its 8 bytes; returns the 32 slots once all of them have come.

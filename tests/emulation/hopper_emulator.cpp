@@ -78,11 +78,12 @@ struct Thread {
   int registers = 0;                          // 0: as launched
 };
 
+// Of a block, or of all blocks of a cluster.
 struct State {
   std::map<const Barrier*, BarrierState> barriers;
-  NamedBarrier named[16];
-  std::vector<Thread> threads = std::vector<Thread>(1024);
-  std::vector<bool> unfenced = std::vector<bool>(moe_emulator::kMaxSharedBytes / kUnit);
+  NamedBarrier named[moe_emulator::kMaxCluster][16];
+  std::vector<Thread> threads = std::vector<Thread>(moe_emulator::kMaxCluster * moe_emulator::kMaxThreads);
+  std::vector<bool> unfenced = std::vector<bool>(moe_emulator::kMaxCluster * moe_emulator::kMaxSharedBytes / kUnit);
   bool barriers_unfenced = false;
 };
 
@@ -91,8 +92,20 @@ bool used = false;  // by a block that runs a kernel with barriers
 
 char* shared_base() { return static_cast<char*>(moe_emulator::dynamic_shared()); }
 char* at_address(uint32_t address) { return shared_base() + (address - kSharedBase); }
-int unit_of(const char* pointer) { return static_cast<int>((pointer - shared_base()) / kUnit); }
-Thread& self() { return state.threads[linear_thread()]; }
+int unit_of(const char* pointer) {
+  return static_cast<int>((pointer - static_cast<char*>(moe_emulator::dynamic_shared_of(0))) / kUnit);
+}
+Thread* block_threads() { return &state.threads[moe_emulator::cluster_rank() * moe_emulator::kMaxThreads]; }
+Thread& self() { return block_threads()[linear_thread()]; }
+// The same place in the shared memory of another block of the cluster.
+template <typename T>
+T* at_rank(T* shared, unsigned rank) {
+  if (rank >= moe_emulator::cluster_size()) fail("a block that the cluster has not");
+  if (moe_emulator::block_ended(rank)) fail("a block of the cluster is reached after it has ended");
+  const int64_t away = int64_t{rank} - moe_emulator::cluster_rank();
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(shared) +
+                              away * static_cast<int64_t>(moe_emulator::kMaxSharedBytes));
+}
 
 void start_block() {
   if (used) state = State();
@@ -239,6 +252,22 @@ void multiply(const Wgmma& shared_part, float* const (&accumulators)[32], int wa
   }
 }
 
+// One block's copy of a load: the barrier and the memory are that block's.
+void load_later(const TensorMap& map, Barrier* barrier, char* shared, int32_t x, int32_t y, int32_t z) {
+  require_fenced(shared, box_bytes(map), "a TMA load overwrites what");
+  std::memset(shared, kPoison, box_bytes(map));
+  BarrierState& s = barrier_state(barrier);
+  moe_emulator::deliver_later([map, &s, shared, x, y, z] {
+    const int32_t corner[3] = {x, y, z};
+    for_each_chunk(map, shared, corner, [](char* place, const char* source, int64_t bytes) {
+      std::memset(place, 0, 16);
+      if (source) std::memcpy(place, source, bytes);
+    });
+    s.bytes -= box_bytes(map);
+    s.settle();
+  });
+}
+
 }  // namespace
 
 uint32_t shared_address(const void* pointer) {
@@ -255,6 +284,8 @@ void barrier_init(Barrier* barrier, uint32_t arrivals) {
 void barrier_init_fence() { state.barriers_unfenced = false; }
 
 void barrier_arrive(Barrier* barrier) { barrier_arrive_expect(barrier, 0); }
+
+void barrier_arrive_at(Barrier* barrier, unsigned rank) { barrier_arrive(at_rank(barrier, rank)); }
 
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   BarrierState& s = barrier_state(barrier);
@@ -283,7 +314,7 @@ void barrier_wait(Barrier* barrier, uint32_t parity) {
 void named_barrier(int id, int threads) {
   if (id < 1 || id > 15) fail("a named barrier is 1 to 15");
   if (threads % 32 != 0) fail("a named barrier is for whole warps");
-  NamedBarrier& barrier = state.named[id];
+  NamedBarrier& barrier = state.named[moe_emulator::cluster_rank()][id];
   const uint64_t generation = barrier.generation;
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
@@ -320,21 +351,16 @@ const char* encode_tensor_map(TensorMap* map, const TensorMapSpec& spec) {
 }
 
 void tma_load(const TensorMap& map, Barrier* barrier, void* shared, int32_t x, int32_t y, int32_t z) {
-  check_buffer(map, shared);
-  require_fenced(static_cast<const char*>(shared), box_bytes(map), "a TMA load overwrites what");
-  std::memset(shared, kPoison, box_bytes(map));
-  BarrierState& s = barrier_state(barrier);
-  moe_emulator::deliver_later([map, &s, shared = static_cast<char*>(shared), x, y, z] {
-    const int32_t corner[3] = {x, y, z};
-    for_each_chunk(map, shared, corner, [](char* place, const char* source, int64_t bytes) {
-      std::memset(place, 0, 16);
-      if (source) std::memcpy(place, source, bytes);
-    });
-    s.bytes -= box_bytes(map);
-    s.settle();
-  });
+  tma_load_to_cluster(map, barrier, shared, static_cast<uint16_t>(1u << moe_emulator::cluster_rank()), x, y, z);
 }
 
+void tma_load_to_cluster(const TensorMap& map, Barrier* barrier, void* shared, uint16_t ranks, int32_t x, int32_t y,
+                         int32_t z) {
+  check_buffer(map, shared);
+  for (unsigned rank = 0; ranks >> rank; ++rank) {
+    if (ranks >> rank & 1) load_later(map, at_rank(barrier, rank), at_rank(static_cast<char*>(shared), rank), x, y, z);
+  }
+}
 void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z) {
   check_buffer(map, shared);
   require_fenced(static_cast<const char*>(shared), box_bytes(map), "a TMA store reads what");
@@ -389,7 +415,7 @@ void set_registers(int registers, bool more) {
   self().registers = registers;
   int total = 0;
   for (unsigned t = 0; t < threads; ++t) {
-    const int own = state.threads[t].registers;
+    const int own = block_threads()[t].registers;
     if (t / kWarpgroup == first / kWarpgroup && own != 0 && own != registers) fail("setmaxnreg: warps disagree");
     total += own ? own : 0;
   }
@@ -430,7 +456,7 @@ void wgmma_wait_for(int groups) {
   const auto mine = moe_emulator::linear_thread();
   moe_emulator::exchange(0xffffffffu, 0);
   if (mine % 32 == 0) {
-    Thread* lanes = &state.threads[mine];
+    Thread* lanes = &block_threads()[mine];
     while (static_cast<int>(lanes[0].wgmmas.size()) - 1 > groups) {
       const size_t count = lanes[0].wgmmas.front().size();
       for (size_t i = 0; i < count; ++i) {

@@ -7,7 +7,8 @@
 // counts as invisible to TMA and wgmma until fence_proxy_async. What the hardware leaves undefined ends the process:
 // barriers that overflow, are used before their fence, or are passed a phase late; buffers outside the shared memory of
 // the launch; descriptors and tensor maps against the rules of the PTX ISA and cuTensorMapEncodeTiled; registers that a
-// multiprocessor has not; copies that never end; lanes of a warp that issue different wgmmas; deadlocks.
+// multiprocessor has not; copies that never end; lanes of a warp that issue different wgmmas; arrivals and copies at a
+// block of the cluster that has ended; deadlocks.
 #pragma once
 
 #include <cstdint>
@@ -34,14 +35,18 @@ uint32_t shared_address(const void* pointer);
 void barrier_init(Barrier* barrier, uint32_t arrivals);
 void barrier_init_fence();
 void barrier_arrive(Barrier* barrier);
+void barrier_arrive_at(Barrier* barrier, unsigned rank);
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
 void barrier_wait(Barrier* barrier, uint32_t parity);
 bool barrier_passed(Barrier* barrier, uint32_t parity);
 void named_barrier(int id, int threads);
+inline void cluster_sync() { moe_emulator::sync_cluster(); }
 void fence_proxy_async();
 
 inline void prefetch_map(const TensorMap&) {}
 void tma_load(const TensorMap& map, Barrier* barrier, void* shared, int32_t x, int32_t y, int32_t z = 0);
+void tma_load_to_cluster(const TensorMap& map, Barrier* barrier, void* shared, uint16_t ranks, int32_t x, int32_t y,
+                         int32_t z = 0);
 void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z);
 void tma_store_commit();
 void tma_store_wait(int groups);

@@ -28,6 +28,13 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   moe_emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                     cudaStream_t, Arguments&&... arguments) {
+  moe_emulator::require_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+  moe_emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
+}
+
 template <typename... Parameters>
 void allow_shared_bytes(void (*kernel)(Parameters...), size_t bytes) {
   moe_emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);

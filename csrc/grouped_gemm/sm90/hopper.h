@@ -34,6 +34,17 @@ __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.
 __device__ inline void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// At the barrier in the same place of a block of the cluster.
+__device__ inline void barrier_arrive_at(Barrier* barrier, unsigned rank) {
+  asm volatile(
+      "{\n\t"
+      ".reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 __device__ inline void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -72,6 +83,11 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// All threads of all blocks of the cluster meet. Orders no memory by itself: barrier_init_fence does for barriers.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
+}
+
 // What this thread wrote to shared memory becomes visible to TMA and wgmma, once others have synchronised with it.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -85,6 +101,15 @@ __device__ inline void tma_load(const TensorMap& map, Barrier* barrier, void* sh
 }
 __device__ inline void tma_load(const TensorMap& map, Barrier* barrier, void* shared, int32_t x, int32_t y, int32_t z) {
   cute::SM90_TMA_LOAD_3D::copy(&map, barrier, kEvictNormal, shared, x, y, z);
+}
+// To the same place of every block of the cluster in the bit mask `ranks`, its own bytes counted by each one's barrier.
+__device__ inline void tma_load_to_cluster(const TensorMap& map, Barrier* barrier, void* shared, uint16_t ranks,
+                                           int32_t x, int32_t y) {
+  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, ranks, kEvictNormal, shared, x, y);
+}
+__device__ inline void tma_load_to_cluster(const TensorMap& map, Barrier* barrier, void* shared, uint16_t ranks,
+                                           int32_t x, int32_t y, int32_t z) {
+  cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&map, barrier, ranks, kEvictNormal, shared, x, y, z);
 }
 __device__ inline void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z) {
   cute::SM90_TMA_STORE_3D::copy(&map, shared, x, y, z);

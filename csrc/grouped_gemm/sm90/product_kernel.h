@@ -13,8 +13,11 @@
 //   by TMA store where all 64 rows belong to the group, else by predicated 16-byte stores. The ring runs ahead into the
 //   next tile meanwhile. product_finish.h fuses bias, activation and the activation's gradient; product_gather.h reads
 //   an operand's rows where they lie.
-// Traffic per tile and step of 64: (rows + columns) * 128 bytes read, mostly from L2. Bound: tensor cores for large
-//   groups, weight reads for small ones.
+// Clusters: two blocks take tiles of neighbouring rows, each loads half of their B into both. A stage is then free when
+//   the math warps of both blocks are done with it. Where a group has an odd number of tiles a block multiplies rows
+//   that it does not store.
+// Traffic per tile and step of 64: (rows + columns / cluster) * 128 bytes read, mostly from L2. Bound: tensor cores for
+//   large groups, weight reads for small ones.
 #pragma once
 
 #include "../../common/cuda_launch.h"
@@ -39,7 +42,7 @@ constexpr int kPieceRows = 64;  // what is stored at once: 64 rows of 128 bytes
 constexpr int kPieceBytes = kPieceRows * kRowBytes;
 
 template <typename Element_, typename Output_, Contraction contraction, Major b_major, int rows, int columns,
-          int stages, Finish finish = Finish::kStore, cuda::RowMode mode = cuda::RowMode::kPlain>
+          int stages, int cluster = 1, Finish finish = Finish::kStore, cuda::RowMode mode = cuda::RowMode::kPlain>
 struct ProductConfig {
   using Element = Element_;
   using Output = Output_;
@@ -48,7 +51,7 @@ struct ProductConfig {
   static constexpr Major kMajorA = kWgrad ? Major::kMN : Major::kK;
   static constexpr Major kMajorB = b_major;
   static_assert(!kWgrad || b_major == Major::kMN);
-  static constexpr int kRows = rows, kColumns = columns, kStages = stages;
+  static constexpr int kRows = rows, kColumns = columns, kStages = stages, kCluster = cluster;
   static constexpr Finish kFinish = finish;
   static constexpr cuda::RowMode kMode = mode;
   static_assert(finish == Finish::kStore || !kWgrad);
@@ -65,7 +68,9 @@ struct ProductConfig {
 
   // TMA boxes are 64 deep; an MN-major operand comes in boxes of 64 rows of the matrix.
   static constexpr int kBoxA = kMajorA == Major::kMN ? 64 : rows;
-  static constexpr int kBoxB = kMajorB == Major::kMN ? 64 : kPairsColumns ? kWarpgroupColumns / 2 : columns;
+  static constexpr int kBoxB = kMajorB == Major::kMN ? 64 : kPairsColumns ? kWarpgroupColumns / 2 : columns / cluster;
+  static constexpr int kBoxesB = columns / kBoxB / cluster;  // that one block loads
+  static_assert(kBoxesB * kBoxB * cluster == columns);
 
   static constexpr int kBytesA = rows * kMatrixRowBytes, kBytesB = columns * kMatrixRowBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB;
@@ -106,7 +111,14 @@ struct RingPosition {
   }
 };
 
-// One tile of D with the stretch of depth that goes into it.
+// Of this block in its cluster.
+template <typename Config>
+__device__ int cluster_rank() {
+  return Config::kCluster == 1 ? 0 : blockIdx.x % Config::kCluster;
+}
+
+// One tile of D with the stretch of depth that goes into it. `row` may lie behind `row_end`: then the block works for
+// the others of its cluster only.
 struct Work {
   int64_t expert;
   int64_t row, row_end;  // forward: rows of D and where the group ends; wgrad: rows inside the expert's matrix
@@ -120,8 +132,10 @@ struct Work {
   }
 };
 
+// The blocks of a cluster go through the same tiles, of as many rows as they have together.
 template <typename Config>
 struct WorkQueue {
+  static constexpr int64_t kClusterRows = Config::kRows * Config::kCluster;
   const ProductArguments& arguments;
   GroupedRowTiles tiles;  // forward
   int64_t tile;           // wgrad
@@ -131,28 +145,30 @@ struct WorkQueue {
         tiles{arguments.expert_offsets,
               arguments.num_experts,
               arguments.max_rows,
-              Config::kRows,
+              kClusterRows,
               ceil_div(arguments.columns, Config::kTileColumns),
-              blockIdx.x,
-              gridDim.x},
-        tile(blockIdx.x) {}
+              blockIdx.x / Config::kCluster,
+              gridDim.x / Config::kCluster},
+        tile(blockIdx.x / Config::kCluster) {}
 
   __device__ bool next(Work* work) {
+    const int64_t own_row = cluster_rank<Config>() * Config::kRows;
     if constexpr (Config::kWgrad) {
-      const int64_t row_tiles = ceil_div(arguments.rows, Config::kRows);
+      const int64_t row_tiles = ceil_div(arguments.rows, kClusterRows);
       const int64_t column_tiles = ceil_div(arguments.columns, Config::kColumns);
       const int64_t expert = tile / (row_tiles * column_tiles);
       if (expert >= arguments.num_experts) return false;
       const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
       const RowRange range =
           rows_that_train(arguments.expert_offsets, arguments.trainable_experts, expert, arguments.max_rows);
-      *work = {expert,   position.row * Config::kRows, arguments.rows, position.column * Config::kColumns, range.begin,
-               range.end};
-      tile += gridDim.x;
+      *work = {expert,         position.row * kClusterRows + own_row,
+               arguments.rows, position.column * Config::kColumns,
+               range.begin,    range.end};
+      tile += gridDim.x / Config::kCluster;
     } else {
       GroupedRowTiles::Tile found;
       if (!tiles.next(&found)) return false;
-      *work = {found.expert, found.row, found.end, found.column * Config::kTileColumns, 0, arguments.depth};
+      *work = {found.expert, found.row + own_row, found.end, found.column * Config::kTileColumns, 0, arguments.depth};
     }
     return true;
   }
@@ -175,11 +191,23 @@ __device__ void load_a(const ProductArguments& arguments, const Work& work, int6
   }
 }
 
+// Into every block of the cluster.
+template <typename Config, typename... Coordinates>
+__device__ void load_shared_box(const TensorMap& map, Barrier* full, char* target, Coordinates... coordinates) {
+  if constexpr (Config::kCluster == 1) {
+    tma_load(map, full, target, coordinates...);
+  } else {
+    tma_load_to_cluster(map, full, target, (1u << Config::kCluster) - 1, coordinates...);
+  }
+}
+
+// This block's share of B.
 template <typename Config>
 __device__ void load_b(const ProductArguments& arguments, const Work& work, int64_t depth, char* b, Barrier* full) {
   const int d = static_cast<int>(depth), expert = static_cast<int>(work.expert);
 #pragma unroll
-  for (int box = 0; box < Config::kColumns / Config::kBoxB; ++box) {
+  for (int own = 0; own < Config::kBoxesB; ++own) {
+    const int box = cluster_rank<Config>() * Config::kBoxesB + own;
     char* target = b + box * Config::kBoxB * kMatrixRowBytes;
     int column = static_cast<int>(work.column);
     if constexpr (Config::kPairsColumns) {
@@ -191,11 +219,11 @@ __device__ void load_b(const ProductArguments& arguments, const Work& work, int6
       column += box * Config::kBoxB;
     }
     if constexpr (Config::kWgrad) {
-      tma_load(arguments.b, full, target, column, d);
+      load_shared_box<Config>(arguments.b, full, target, column, d);
     } else if constexpr (Config::kMajorB == Major::kK) {
-      tma_load(arguments.b, full, target, d, column, expert);
+      load_shared_box<Config>(arguments.b, full, target, d, column, expert);
     } else {
-      tma_load(arguments.b, full, target, column, d, expert);
+      load_shared_box<Config>(arguments.b, full, target, column, d, expert);
     }
   }
 }
@@ -249,7 +277,12 @@ __device__ void multiply(const Work& work, const SharedMemory<Config>& shared, c
                          float (&accumulators)[Config::kWarpgroupColumns / 2]) {
   const int steps = work.steps();
   const auto release = [&](int stage) {
-    if (self.thread % kWarpSize == 0) barrier_arrive(&shared.empty[stage]);
+    const int lane = self.thread % kWarpSize;
+    if constexpr (Config::kCluster == 1) {
+      if (lane == 0) barrier_arrive(&shared.empty[stage]);
+    } else {
+      if (lane < Config::kCluster) barrier_arrive_at(&shared.empty[stage], lane);
+    }
   };
   int previous = 0;
 #pragma unroll 1
@@ -292,6 +325,15 @@ template <typename Config>
 __device__ void compute(const ProductArguments& arguments, const SharedMemory<Config>& shared, int warpgroup);
 
 template <typename Config>
+__device__ void sync_blocks() {
+  if constexpr (Config::kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+}
+
+template <typename Config>
 __global__ void __launch_bounds__(kProductThreads, 1)
     product_kernel(const MOE_GRID_CONSTANT ProductArguments arguments) {
   MOE_DYNAMIC_SHARED(char, memory);
@@ -305,11 +347,11 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     for (int stage = 0; stage < Config::kStages; ++stage) {
       // One thread announces the bytes of TMA; each of the producer's announces its own copies.
       barrier_init(&shared.full[stage], gathers ? 1 + kWarpgroup : 1);
-      barrier_init(&shared.empty[stage], kMathThreads / kWarpSize);
+      barrier_init(&shared.empty[stage], Config::kCluster * kMathThreads / kWarpSize);
     }
     barrier_init_fence();
   }
-  __syncthreads();
+  sync_blocks<Config>();
   // The same for a whole warp, and known to be so by the compiler: descriptors stay in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
@@ -319,6 +361,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     take_registers<kMathRegisters>();
     compute<Config>(arguments, shared, warpgroup - 1);
   }
+  // No block leaves while another may still arrive at its barriers.
+  if constexpr (Config::kCluster > 1) cluster_sync();
 }
 
 }  // namespace moe_ext::sm90

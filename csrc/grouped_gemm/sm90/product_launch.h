@@ -18,12 +18,18 @@ constexpr MapType map_type() {
   }
 }
 
+// `tiles`: of clusters.
 template <typename Config>
 const char* launch(const ProductArguments& arguments, int64_t tiles, int multiprocessors, cudaStream_t stream) {
   const auto kernel = product_kernel<Config>;
   allow_shared_bytes(kernel, Config::kSharedBytes);
-  launch_kernel(kernel, static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors)), kProductThreads,
-                Config::kSharedBytes, stream, arguments);
+  const int64_t clusters = std::min<int64_t>(tiles, std::max(multiprocessors / Config::kCluster, 1));
+  const auto blocks = static_cast<unsigned>(clusters * Config::kCluster);
+  if constexpr (Config::kCluster == 1) {
+    launch_kernel(kernel, blocks, kProductThreads, Config::kSharedBytes, stream, arguments);
+  } else {
+    launch_clusters(kernel, blocks, kProductThreads, Config::kCluster, Config::kSharedBytes, stream, arguments);
+  }
   return nullptr;
 }
 
@@ -65,7 +71,8 @@ const char* launch_forward(const FusedGemmArgs& fused, int multiprocessors) {
   arguments.activation = fused.activation;
   arguments.activated = fused.activated;
   arguments.differentiation = fused.differentiation;
-  const int64_t tiles = row_tile_bound(m, e, Config::kRows) * ceil_div(columns, Config::kTileColumns);
+  const int64_t tiles =
+      row_tile_bound(m, e, Config::kRows * Config::kCluster) * ceil_div(columns, Config::kTileColumns);
   return launch<Config>(arguments, tiles, multiprocessors, args.stream);
 }
 
@@ -101,7 +108,7 @@ const char* launch_wgrad(const GroupedWgradArgs& args, const RowGather& gather, 
   arguments.max_rows = m;
   arguments.rows = rows;
   arguments.columns = columns;
-  const int64_t tiles = e * ceil_div(rows, Config::kRows) * ceil_div(columns, Config::kColumns);
+  const int64_t tiles = e * ceil_div(rows, Config::kRows * Config::kCluster) * ceil_div(columns, Config::kColumns);
   return launch<Config>(arguments, tiles, multiprocessors, args.stream);
 }
 

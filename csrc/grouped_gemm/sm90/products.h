@@ -23,6 +23,7 @@ using FusedProducts = ForwardLaunch[3][2];
 MOE_DECLARE_TILE(128x256)
 MOE_DECLARE_TILE(128x128)
 MOE_DECLARE_TILE(64x256)
+MOE_DECLARE_TILE(128x256x2)
 #undef MOE_DECLARE_TILE
 extern const FusedProducts differentiated_bf16_128x128, differentiated_fp16_128x128;
 
@@ -30,14 +31,16 @@ extern const FusedProducts differentiated_bf16_128x128, differentiated_fp16_128x
 inline const Products& products_of(int tile, GemmDtype dtype) {
   const Products* const products[][2] = {{&products_bf16_128x256, &products_fp16_128x256},
                                          {&products_bf16_128x128, &products_fp16_128x128},
-                                         {&products_bf16_64x256, &products_fp16_64x256}};
+                                         {&products_bf16_64x256, &products_fp16_64x256},
+                                         {&products_bf16_128x256x2, &products_fp16_128x256x2}};
   return *products[tile][dtype == GemmDtype::kBFloat16 ? 0 : 1];
 }
 
 inline const FusedProducts& activated_of(int tile, GemmDtype dtype) {
   const FusedProducts* const products[][2] = {{&activated_bf16_128x256, &activated_fp16_128x256},
                                               {&activated_bf16_128x128, &activated_fp16_128x128},
-                                              {&activated_bf16_64x256, &activated_fp16_64x256}};
+                                              {&activated_bf16_64x256, &activated_fp16_64x256},
+                                              {&activated_bf16_128x256x2, &activated_fp16_128x256x2}};
   return *products[tile][dtype == GemmDtype::kBFloat16 ? 0 : 1];
 }
 
