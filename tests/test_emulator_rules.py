@@ -138,7 +138,7 @@ int main(int, char** arguments) {
            }
          });
        }},
-      {"outside", [] { block(32, [] { store_shared(shared() + kBytes, 0u); }); }},
+      {"outside", [] { block(32, [] { store_shared(shared() + kBytes, 0.f, 0.f); }); }},
       {"tma outside", [] { load(encode(matrix()), shared() + kBytes - 1024); }},
       {"tma aligned", [] { load(encode(matrix()), shared() + 512); }},
       {"tma unfenced", [] {
@@ -146,7 +146,7 @@ int main(int, char** arguments) {
          block(32, [&] {
            init();
            if (!first()) return;
-           store_shared(shared(), 0u);
+           store_shared(shared(), 0.f, 0.f);
            barrier_arrive_expect(barrier(), 8192);
            tma_load(map, barrier(), shared(), 0, 0);
          });

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from host_library import compile_library
+from host_library import compile_emulated
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc/grouped_gemm"
 PROGRAM = """
+#include "sm90/grouped_row_tiles.h"
 #include "tile_choice.h"
 #include "tile_scheduler.h"
 extern "C" long long bound(long long max_rows, long long num_experts, long long block_rows) {
@@ -26,16 +27,25 @@ extern "C" void find(const int* offsets, long long num_experts, long long max_ro
 }
 extern "C" long long walk(const int* offsets, long long num_experts, long long max_rows, long long block_rows,
                           long long column_tiles, long long first, long long step, long long* out, long long capacity) {
-  moe_ext::GroupedRowTiles tiles{offsets, num_experts, max_rows, block_rows, column_tiles, first, step};
-  moe_ext::GroupedRowTiles::Tile tile;
-  long long count = 0;
-  for (; count < capacity && tiles.next(&tile); ++count, out += 4) {
-    out[0] = tile.expert, out[1] = tile.row, out[2] = tile.end, out[3] = tile.column;
-  }
-  return count;
+  long long found = 0;
+  moe_emulator::run_grid(1, 32, 0, [&] {
+    moe_ext::sm90::GroupedRowTiles tiles(offsets, num_experts, max_rows, block_rows, column_tiles, first, step);
+    moe_ext::sm90::GroupedRowTiles::Tile tile;
+    long long count = 0;
+    for (; count < capacity && tiles.next(&tile); ++count) {
+      const long long values[4] = {tile.expert, tile.row, tile.end, tile.column};
+      long long* place = out + 4 * count;
+      // Every lane must find the same.
+      if (threadIdx.x == 0) std::memcpy(place, values, sizeof(values));
+      __syncwarp();
+      if (std::memcmp(place, values, sizeof(values)) != 0) moe_emulator::fail("lanes differ");
+    }
+    if (threadIdx.x == 0) found = count;
+  });
+  return found;
 }
 extern "C" void banded(long long index, long long row_tiles, long long column_tiles, long long* out) {
-  const auto position = moe_ext::banded_position(index, row_tiles, column_tiles);
+  const auto position = moe_ext::sm90::banded_position(index, row_tiles, column_tiles);
   out[0] = position.row, out[1] = position.column;
 }
 extern "C" const char* tile_name(int index) { return moe_ext::kSm90Tiles[index].name; }
@@ -47,7 +57,7 @@ extern "C" int choose(long long groups, long long rows, long long columns, long 
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory):
-    loaded = compile_library(PROGRAM, SOURCE, tmp_path_factory.mktemp("scheduler"))
+    loaded = compile_emulated(PROGRAM, SOURCE, tmp_path_factory.mktemp("scheduler"))
     loaded.bound.restype = ctypes.c_longlong
     loaded.bound.argtypes = [ctypes.c_longlong] * 3
     loaded.find.argtypes = [ctypes.c_void_p, *[ctypes.c_longlong] * 4, ctypes.c_void_p]

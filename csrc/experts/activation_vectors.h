@@ -120,19 +120,20 @@ __device__ void dispatch_on_device(Activation kind, Body&& body) {
   }
 }
 
-// value = activation(x); derivative = its derivatives to gate and up (plain: gate only).
-template <RowMode mode, int width>
+// value = activation(x); derivative = its derivatives to gate and up (plain: gate only); both on their way to scalar_t.
+template <RowMode mode, typename scalar_t, int width>
 __device__ void evaluate(const DeviceActivation& activation, const GateUpVector<width>& x, float (&value)[width],
                          GateUpVector<width>& derivative) {
+  constexpr Precision kPrecision = precision_for<scalar_t>();
   dispatch_on_device<mode>(activation.kind, [&](auto kind) {
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       if constexpr (mode == RowMode::kPlain) {
-        const auto f = scalar_function<kind.value>(x.gate[i]);
+        const auto f = scalar_function<kind.value, kPrecision>(x.gate[i]);
         value[i] = f.value;
         derivative.gate[i] = f.derivative;
       } else {
-        const auto f = gated_function<kind.value>(x.gate[i], x.up[i], activation.alpha, activation.limit);
+        const auto f = gated_function<kind.value, kPrecision>(x.gate[i], x.up[i], activation.alpha, activation.limit);
         value[i] = f.value;
         derivative.gate[i] = f.gate_derivative;
         derivative.up[i] = f.up_derivative;

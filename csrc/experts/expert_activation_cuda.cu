@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (!output) continue;
         float value[width];
         GateUpVector<width> derivative;
-        evaluate<mode>(activation, x, value, derivative);
+        evaluate<mode, scalar_t>(activation, x, value, derivative);
         Packed packed;
 #pragma unroll
         for (int i = 0; i < width; ++i) packed.values[i] = static_cast<scalar_t>(value[i]);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (column >= row_vectors) continue;
         float value[width];
         GateUpVector<width> derivative;
-        evaluate<mode>(activation, loaded[v], value, derivative);
+        evaluate<mode, scalar_t>(activation, loaded[v], value, derivative);
 #pragma unroll
         for (int i = 0; i < width; ++i) {
           const float g = static_cast<float>(grads[v].values[i]);

@@ -270,6 +270,8 @@ void launch_tokens(const LowRankShape& shape, const Tensor& input, const Tensor&
   const auto* from = down.const_data_ptr<scalar_t>();
   const auto* to = up.const_data_ptr<scalar_t>();
   auto* sums = output.mutable_data_ptr<scalar_t>();
+  // Always the same limit: another thread may be launching the kernel with other numbers.
+  constexpr size_t kMostSharedBytes = ceil_div(kMostComponents, kRowsAtOnce) * sizeof(Components);
   const size_t shared_bytes = ceil_div(shape.components(), kRowsAtOnce) * sizeof(Components);
   dispatch_index(ids.scalar_type(), "topk_ids", [&](auto index_tag) {
     using index_t = typename decltype(index_tag)::type;
@@ -279,7 +281,7 @@ void launch_tokens(const LowRankShape& shape, const Tensor& input, const Tensor&
       with_width<scalar_t>(shape.out_features, {to, sums}, [&](auto out_width) {
         const auto blocks = static_cast<unsigned>(std::min(shape.num_tokens, kMaxBlocks));
         const auto kernel = token_kernel<scalar_t, in_width.value, out_width.value, index_t>;
-        if (shared_bytes > kUnaskedSharedBytes) allow_shared_bytes(kernel, shared_bytes);
+        if (shared_bytes > kUnaskedSharedBytes) allow_shared_bytes(kernel, kMostSharedBytes);
         launch_kernel(kernel, dim3(blocks), kTokenThreads, shared_bytes, current_stream(input), x, from, to, chosen,
                       projection.mutable_data_ptr<float>(), sums, shape.num_tokens, shape.in_features / in_width.value,
                       shape.out_features / out_width.value);

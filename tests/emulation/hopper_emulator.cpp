@@ -429,6 +429,15 @@ void store_shared_bytes(void* shared, const void* bytes, int count) {
   mark_unfenced(static_cast<char*>(shared), count);
 }
 
+void store_matrices(void* row, const uint32_t (&matrices)[4]) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("stmatrix: a misaligned row");
+  const uint64_t* rows = moe_emulator::exchange_value(0xffffffffu, reinterpret_cast<uint64_t>(row));
+  const int lane = moe_emulator::lane();
+  char* own[4];
+  for (int i = 0; i < 4; ++i) own[i] = reinterpret_cast<char*>(rows[8 * i + lane / 4]) + lane % 4 * 4;
+  for (int i = 0; i < 4; ++i) store_shared_bytes(own[i], &matrices[i], 4);
+}
+
 Chunk load_shared_16(const void* shared) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) fail("a misaligned load from shared memory");
   check_inside(static_cast<const char*>(shared), 16, "a load");

@@ -65,12 +65,12 @@ void copy_async_wait() {
 }
 
 void store_shared_bytes(void* shared, const void* bytes, int count);
-inline void store_shared(void* shared, uint32_t value) { store_shared_bytes(shared, &value, 4); }
 inline void store_shared(void* shared, float first, float second) {
   const float values[2] = {first, second};
   store_shared_bytes(shared, values, 8);
 }
 inline void store_shared_16(void* shared, const Chunk& value) { store_shared_bytes(shared, &value, 16); }
+void store_matrices(void* row, const uint32_t (&matrices)[4]);
 Chunk load_shared_16(const void* shared);
 void store_global_16(void* global, const Chunk& value);
 

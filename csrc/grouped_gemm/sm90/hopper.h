@@ -136,9 +136,6 @@ __device__ inline void copy_async_wait() {
 }
 
 // ---- shared memory by ordinary stores and loads
-__device__ inline void store_shared(void* shared, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared_address(shared)), "r"(value) : "memory");
-}
 __device__ inline void store_shared(void* shared, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(shared)), "f"(first), "f"(second) : "memory");
 }
@@ -154,6 +151,14 @@ __device__ inline Chunk load_shared_16(const void* shared) {
                : "r"(shared_address(shared))
                : "memory");
   return value;
+}
+
+// Four 8 x 8 matrices of 16-bit elements from a warp's registers. Of matrix i, lane l holds elements 2 (l % 4) and
+// 2 (l % 4) + 1 of row l / 4, and the `row` of lane 8 i + r is where its row r goes.
+__device__ inline void store_matrices(void* row, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
 }
 
 // One 16-byte store to device memory, which the compiler would not always make of a struct.

@@ -43,46 +43,69 @@ __device__ float2 load_pair(const Element* pair) {
   return {static_cast<float>(packed.values[0]), static_cast<float>(packed.values[1])};
 }
 
-// Accumulator columns first to first + 128 / sizeof(Output) of 64 rows into a buffer, with `bias` (of these columns, or
-// null; `columns` of it exist) added.
+// Adds `bias`, of accumulator column `first` and the 63 after it, of which `columns` exist.
+template <typename Element, int count>
+__device__ void add_bias(float (&accumulators)[count], int first, int thread, const Element* bias, int64_t columns) {
+  const int own = thread % 4 * 2, left = static_cast<int>(columns < 64 ? columns : 64) - own;
+#pragma unroll
+  for (int block = 0; block < 8; ++block) {
+    if (block * 8 >= left) continue;
+    const float2 added = load_pair(bias + own + block * 8);
+    float* values = accumulators + (first / 8 + block) * 4;
+    values[0] += added.x, values[1] += added.y, values[2] += added.x, values[3] += added.y;
+  }
+}
+
+// Accumulator columns first to first + 128 / sizeof(Output) of 64 rows into a buffer.
 template <typename Output, int count>
-__device__ void write_piece(char* buffer, const float (&accumulators)[count], int first, int thread, const Output* bias,
-                            int64_t columns) {
-  const int row = thread / kWarpSize * 16 + thread % kWarpSize / 4;
+__device__ void write_piece(char* buffer, const float (&accumulators)[count], int first, int thread) {
+  constexpr int kBlocks = kRowBytes / static_cast<int>(sizeof(Output)) / 8;  // of 8 columns
+  const float* const block_values = accumulators + first / 2;
+  const int lane = thread % kWarpSize, warp_row = thread / kWarpSize * 16;
+  if constexpr (sizeof(Output) == 4) {
+    const int row = warp_row + lane / 4;
 #pragma unroll
-  for (int block = 0; block < kRowBytes / static_cast<int>(sizeof(Output)) / 8; ++block) {
-    const int column = block * 8 + thread % 4 * 2;
-    float values[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = accumulators[(first / 8 + block) * 4 + i];
-    char* upper = buffer + swizzled(row, column * static_cast<int>(sizeof(Output)));
-    char* lower = upper + 8 * kRowBytes;
-    if constexpr (sizeof(Output) == 4) {
+    for (int block = 0; block < kBlocks; ++block) {
+      const float* values = block_values + block * 4;
+      char* upper = buffer + swizzled(row, (block * 8 + lane % 4 * 2) * static_cast<int>(sizeof(Output)));
       store_shared(upper, values[0], values[1]);
-      store_shared(lower, values[2], values[3]);
-    } else {
-      if (bias && column < columns) {
-        const float2 added = load_pair(bias + column);
-        values[0] += added.x, values[1] += added.y, values[2] += added.x, values[3] += added.y;
+      store_shared(upper + 8 * kRowBytes, values[2], values[3]);
+    }
+  } else {
+    // Matrices of a store: the upper and the lower 8 rows of a block, and of the next one.
+    const int matrix = lane / 8, stored_row = warp_row + matrix % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int block = 0; block < kBlocks; block += 2) {
+      uint32_t matrices[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = block_values + block * 4 + 2 * i;
+        matrices[i] = pack<Output>(pair[0], pair[1]);
       }
-      store_shared(upper, pack<Output>(values[0], values[1]));
-      store_shared(lower, pack<Output>(values[2], values[3]));
+      store_matrices(buffer + swizzled(stored_row, block * 16 ^ matrix / 2 * 16), matrices);
     }
   }
 }
 
-// The first `rows` rows and `columns` columns of a written buffer to `output`, 16 bytes per thread at a time.
+// From a row of a piece that a thread takes to its next one: they are all swizzled alike.
+constexpr int kRowStride = kWarpgroup / kRowChunks;
+static_assert(kRowStride % 8 == 0);
+
+// The first `rows` (of less than kPieceRows) rows and `columns` columns of a written buffer to `output`, 16 bytes per
+// thread at a time.
 template <typename Output>
 __device__ void copy_rows(const char* buffer, Output* output, int64_t leading, int64_t rows, int64_t columns,
                           int thread) {
   constexpr int kChunkElements = 16 / sizeof(Output);
+  const int first_row = thread / kRowChunks, chunk = thread % kRowChunks;
+  if (chunk * kChunkElements >= columns) return;
+  const char* source = buffer + swizzled(first_row, chunk * 16);
+  output += first_row * leading + chunk * kChunkElements;
 #pragma unroll 1
-  for (int i = 0; i < kPieceRows * kRowChunks / kWarpgroup; ++i) {
-    const int row = (i * kWarpgroup + thread) / kRowChunks, chunk = thread % kRowChunks;
-    if (row < rows && chunk * kChunkElements < columns) {
-      store_global_16(output + row * leading + chunk * kChunkElements,
-                      load_shared_16(buffer + swizzled(row, chunk * 16)));
-    }
+  for (int row = first_row; row < rows; row += kRowStride) {
+    store_global_16(output, load_shared_16(source));
+    source += kRowStride * kRowBytes;
+    output += kRowStride * leading;
   }
 }
 
@@ -118,17 +141,21 @@ __device__ const Output* bias_of(const ProductArguments& arguments, int64_t offs
 
 template <typename Config>
 __device__ void store_product(const ProductArguments& arguments, const Work& work, const MathThread& self,
-                              Staging& staging, const float (&accumulators)[Config::kWarpgroupColumns / 2]) {
+                              Staging& staging, float (&accumulators)[Config::kWarpgroupColumns / 2]) {
   using Output = typename Config::Output;
-  const int64_t row = work.row + self.first_row, rows = work.row_end - row;
+  const int64_t row = int64_t{work.row} + self.first_row, rows = work.row_end - row;
   if (rows <= 0) return;
 #pragma unroll
   for (int first = 0; first < Config::kWarpgroupColumns; first += kRowBytes / static_cast<int>(sizeof(Output))) {
     const int64_t column = work.column + self.first_column + first, columns = arguments.columns - column;
     if (columns <= 0) break;
     char* buffer = staging.open();
-    write_piece(buffer, accumulators, first, self.thread,
-                bias_of<Output>(arguments, work.expert * arguments.columns + column), columns);
+    if constexpr (sizeof(Output) == 2) {
+      if (const Output* bias = bias_of<Output>(arguments, work.expert * arguments.columns + column)) {
+        add_bias(accumulators, first, self.thread, bias, columns);
+      }
+    }
+    write_piece<Output>(buffer, accumulators, first, self.thread);
     staging.written();
     store_piece<Config>(arguments, {row, rows, column, columns, 0}, work.expert, arguments.columns, buffer,
                         self.thread);
@@ -136,12 +163,20 @@ __device__ void store_product(const ProductArguments& arguments, const Work& wor
   }
 }
 
-// Eight 16-bit elements as floats.
+// Eight 16-bit elements as floats. A bfloat16 is the upper half of its float.
 template <typename Element>
 __device__ void unpack(const Chunk& packed, float* values) {
-  const auto elements = *reinterpret_cast<const Vector<Element, 8>*>(&packed);
+  if constexpr (std::is_same_v<Element, BFloat16>) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(elements.values[i]);
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = __uint_as_float(packed.words[i] << 16);
+      values[2 * i + 1] = __uint_as_float(packed.words[i] & 0xffff0000u);
+    }
+  } else {
+    const auto elements = *reinterpret_cast<const Vector<Element, 8>*>(&packed);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(elements.values[i]);
+  }
 }
 
 template <typename Element>
@@ -157,12 +192,12 @@ __device__ Chunk packed(const float (&values)[8]) {
 // once, and sees the very values that the backward will see.
 template <typename Config>
 __device__ void store_activated(const ProductArguments& arguments, const Work& work, const MathThread& self,
-                                Staging& staging, const float (&accumulators)[Config::kWarpgroupColumns / 2]) {
+                                Staging& staging, float (&accumulators)[Config::kWarpgroupColumns / 2]) {
   using Element = typename Config::Element;
   constexpr cuda::RowMode kMode = Config::kMode;
   constexpr bool kPairs = Config::kPairsColumns, kInterleaved = kMode == cuda::RowMode::kInterleaved;
   constexpr int kBuffers = kMode == cuda::RowMode::kPlain ? 2 : 1;  // plain: each buffer gives outputs of its own
-  const int64_t row = work.row + self.first_row, rows = work.row_end - row;
+  const int64_t row = int64_t{work.row} + self.first_row, rows = work.row_end - row;
   if (rows <= 0) return;
   const int64_t width = kPairs ? 2 * arguments.columns : arguments.columns;  // of D
   const int64_t out_width = kInterleaved ? width / 2 : arguments.columns;
@@ -176,9 +211,11 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
       const Piece piece = {row, rows, kPairs ? column : column + i * 64,
                            arguments.columns - (kPairs ? column : column + i * 64), kPairs ? i : 0};
       const int first = kPairs ? i * Config::kWarpgroupColumns / 2 + pair * 64 : pair * 128 + i * 64;
-      write_piece(staging.buffer(i), accumulators, first, self.thread,
-                  bias_of<Element>(arguments, work.expert * width + piece.half * arguments.columns + piece.column),
-                  piece.columns);
+      const int64_t bias_column = work.expert * width + piece.half * arguments.columns + piece.column;
+      if (const Element* bias = bias_of<Element>(arguments, bias_column)) {
+        add_bias(accumulators, first, self.thread, bias, piece.columns);
+      }
+      write_piece<Element>(staging.buffer(i), accumulators, first, self.thread);
     }
     staging.written();
     if (arguments.output) {
@@ -192,31 +229,37 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
       }
       if (self.thread == 0) tma_store_commit();
     }
-    constexpr int kChunks = kPieceRows * kRowChunks / kWarpgroup;
+    const int first_row = self.thread / kRowChunks, chunk = self.thread % kRowChunks;
+    const int end_row = static_cast<int>(rows < kPieceRows ? rows : kPieceRows);
 #pragma unroll 1
-    for (int i = 0; i < kBuffers * kChunks; ++i) {
-      const int row_in_piece = (i % kChunks * kWarpgroup + self.thread) / kRowChunks;
-      const int chunk = self.thread % kRowChunks, buffer = i / kChunks;
+    for (int buffer = 0; buffer < kBuffers; ++buffer) {
       const int64_t out_column = (kInterleaved ? column / 2 : column) + buffer * 64 + chunk * 8;
-      if (row_in_piece >= rows || out_column >= out_width) continue;
-      cuda::GateUpVector<8> x;
-      if constexpr (kInterleaved) {
-        float both[16];
-        const char* source = staging.buffer(chunk / 4);
-        unpack<Element>(load_shared_16(source + swizzled(row_in_piece, chunk % 4 * 32)), both);
-        unpack<Element>(load_shared_16(source + swizzled(row_in_piece, chunk % 4 * 32 + 16)), both + 8);
+      if (out_column >= out_width) break;
+      const char* source = staging.buffer(kInterleaved ? chunk / 4 : buffer) +
+                           swizzled(first_row, kInterleaved ? chunk % 4 * 32 : chunk * 16);
+      Element* target = static_cast<Element*>(arguments.activated) + (row + first_row) * out_width + out_column;
+#pragma unroll 1
+      for (int r = first_row; r < end_row; r += kRowStride) {
+        cuda::GateUpVector<8> x;
+        if constexpr (kInterleaved) {
+          float both[16];
+          unpack<Element>(load_shared_16(source), both);
+          // The chunk beside it, whatever the swizzle made of the pair.
+          unpack<Element>(load_shared_16(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(source) ^ 16)),
+                          both + 8);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) x.gate[e] = both[2 * e], x.up[e] = both[2 * e + 1];
-      } else {
-        const int place = swizzled(row_in_piece, chunk * 16);
-        unpack<Element>(load_shared_16(staging.buffer(buffer) + place), x.gate);
-        if constexpr (kPairs) unpack<Element>(load_shared_16(staging.buffer(1) + place), x.up);
+          for (int e = 0; e < 8; ++e) x.gate[e] = both[2 * e], x.up[e] = both[2 * e + 1];
+        } else {
+          unpack<Element>(load_shared_16(source), x.gate);
+          if constexpr (kPairs) unpack<Element>(load_shared_16(source + kPieceBytes), x.up);
+        }
+        float value[8];
+        cuda::GateUpVector<8> derivative;
+        cuda::evaluate<kMode, Element>(arguments.activation, x, value, derivative);
+        store_global_16(target, packed<Element>(value));
+        source += kRowStride * kRowBytes;
+        target += kRowStride * out_width;
       }
-      float value[8];
-      cuda::GateUpVector<8> derivative;
-      cuda::evaluate<kMode>(arguments.activation, x, value, derivative);
-      store_global_16(static_cast<Element*>(arguments.activated) + (row + row_in_piece) * out_width + out_column,
-                      packed<Element>(value));
     }
   }
 }
@@ -234,10 +277,10 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
   static_assert(!Config::kSplitsColumns, "one warpgroup must own a row's partial dot product");
   static_assert(Config::kWarpgroupColumns == kBuffers * kBufferColumns);
   constexpr int kParts = Config::kMode == cuda::RowMode::kPlain ? 1 : 2;
-  constexpr int kRowStride = kWarpgroup / kRowChunks, kThreadRows = kPieceRows / kRowStride;
+  constexpr int kThreadRows = kPieceRows / kRowStride;
   constexpr int kWarpRows = kWarpSize / kRowChunks;  // next to each other
   const Differentiation& to = arguments.differentiation;
-  const int64_t row = work.row + self.first_row, rows = work.row_end - row;
+  const int64_t row = int64_t{work.row} + self.first_row, rows = work.row_end - row;
   if (rows <= 0) return;
   const int64_t row_vectors = arguments.columns / 8;
   const int chunk = self.thread % kRowChunks, first_row = self.thread / kRowChunks;
@@ -272,7 +315,7 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
   staging.open_both();
 #pragma unroll
   for (int b = 0; b < kBuffers; ++b) {
-    write_piece<Element>(staging.buffer(b), accumulators, b * kBufferColumns, self.thread, nullptr, 0);
+    write_piece<Element>(staging.buffer(b), accumulators, b * kBufferColumns, self.thread);
   }
   staging.written();
 
@@ -296,7 +339,7 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
       if (held) {
         float grad[8], value[8];
         unpack<Element>(load_shared_16(staging.buffer(b) + swizzled(row_in_piece, chunk * 16)), grad);
-        cuda::evaluate<Config::kMode>(arguments.activation, cuda::unpack_gate_up(now.x[b]), value, derivative);
+        cuda::evaluate<Config::kMode, Element>(arguments.activation, cuda::unpack_gate_up(now.x[b]), value, derivative);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           dot += grad[e] * value[e];

@@ -25,12 +25,12 @@ __device__ void load_slots(const RowGather& gather, int64_t row, int64_t end, in
 }
 
 // From column `column` on, by one multiplication: a row's bytes fit 32 bits, since TMA counts its elements in an
-// int32_t. Without a token some address, not to be read.
+// int32_t. Without a token that of row 0, not to be read.
 template <typename Element>
 __device__ const Element* row_of(const RowGather& gather, int token, int64_t column) {
   const auto row_bytes = static_cast<uint32_t>(gather.width * sizeof(Element));
   const char* first = static_cast<const char*>(gather.source) + column * sizeof(Element);
-  return reinterpret_cast<const Element*>(first + uint64_t{static_cast<uint32_t>(token)} * row_bytes);
+  return reinterpret_cast<const Element*>(first + uint64_t{static_cast<uint32_t>(token < 0 ? 0 : token)} * row_bytes);
 }
 
 // Copies of rows of A, K-major: a row's token is looked up once per tile.

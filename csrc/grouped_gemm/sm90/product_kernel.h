@@ -7,7 +7,8 @@
 // One tensor map per operand and launch: the expert is a coordinate (of weights and their gradients) or a row number,
 // so no map changes from group to group. A load that passes the end of a group reads the next expert's rows: of the
 // forward product these give rows that are not stored; wgrad zeroes them in shared memory.
-// Mapping: a block per multiprocessor takes tiles number blockIdx, blockIdx + gridDim, ... (tile_scheduler.h). Of its
+// Mapping: a block per multiprocessor takes tiles number blockIdx, blockIdx + gridDim, ... (grouped_row_tiles.h). Of
+// its
 //   three warpgroups the first fills a ring of stages of depth 64, the other two multiply: each 64 rows of the tile, or
 //   half of the columns of a 64-row tile. The accumulators leave through shared memory, 64 rows of 128 bytes at a time:
 //   by TMA store where all 64 rows belong to the group, else by predicated 16-byte stores. The ring runs ahead into the
@@ -21,7 +22,7 @@
 #pragma once
 
 #include "../../common/cuda_launch.h"
-#include "../tile_scheduler.h"
+#include "grouped_row_tiles.h"
 #include "hopper.h"
 #include "product_arguments.h"
 
@@ -120,19 +121,26 @@ __device__ int cluster_rank() {
 // One tile of D with the stretch of depth that goes into it. `row` may lie behind `row_end`: then the block works for
 // the others of its cluster only.
 struct Work {
-  int64_t expert;
-  int64_t row, row_end;  // forward: rows of D and where the group ends; wgrad: rows inside the expert's matrix
-  int64_t column;
-  int64_t depth, depth_end;
+  int32_t expert;
+  int32_t row, row_end;  // forward: rows of D and where the group ends; wgrad: rows inside the expert's matrix
+  int32_t column;
+  int32_t depth, depth_end;
+
+  Work() = default;
+  // TMA counts all of these in 32 bits. A row past them is past any end as well.
+  __device__ Work(int64_t expert, int64_t row, int64_t row_end, int64_t column, int64_t depth, int64_t depth_end)
+      : expert(static_cast<int32_t>(expert)),
+        row(static_cast<int32_t>(row < INT32_MAX ? row : INT32_MAX)),
+        row_end(static_cast<int32_t>(row_end)),
+        column(static_cast<int32_t>(column)),
+        depth(static_cast<int32_t>(depth)),
+        depth_end(static_cast<int32_t>(depth_end)) {}
 
   // Of the ring. At least one: an expert without rows multiplies a stage of zeros.
-  __device__ int steps() const {
-    const int steps = static_cast<int>((depth_end - depth + kBlockDepth - 1) / kBlockDepth);
-    return steps > 0 ? steps : 1;
-  }
+  __device__ int steps() const { return depth_end > depth ? (depth_end - depth - 1) / kBlockDepth + 1 : 1; }
 };
 
-// The blocks of a cluster go through the same tiles, of as many rows as they have together.
+// The blocks of a cluster go through the same tiles, of as many rows as they have together. For whole warps.
 template <typename Config>
 struct WorkQueue {
   static constexpr int64_t kClusterRows = Config::kRows * Config::kCluster;
@@ -142,13 +150,9 @@ struct WorkQueue {
 
   __device__ explicit WorkQueue(const ProductArguments& arguments)
       : arguments(arguments),
-        tiles{arguments.expert_offsets,
-              arguments.num_experts,
-              arguments.max_rows,
-              kClusterRows,
-              ceil_div(arguments.columns, Config::kTileColumns),
-              blockIdx.x / Config::kCluster,
-              gridDim.x / Config::kCluster},
+        tiles(arguments.expert_offsets, arguments.num_experts, arguments.max_rows, kClusterRows,
+              ceil_div(arguments.columns, Config::kTileColumns), blockIdx.x / Config::kCluster,
+              gridDim.x / Config::kCluster),
         tile(blockIdx.x / Config::kCluster) {}
 
   __device__ bool next(Work* work) {
@@ -161,14 +165,14 @@ struct WorkQueue {
       const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
       const RowRange range =
           rows_that_train(arguments.expert_offsets, arguments.trainable_experts, expert, arguments.max_rows);
-      *work = {expert,         position.row * kClusterRows + own_row,
-               arguments.rows, position.column * Config::kColumns,
-               range.begin,    range.end};
+      *work = Work(expert, position.row * kClusterRows + own_row, arguments.rows, position.column * Config::kColumns,
+                   range.begin, range.end);
       tile += gridDim.x / Config::kCluster;
     } else {
       GroupedRowTiles::Tile found;
       if (!tiles.next(&found)) return false;
-      *work = {found.expert, found.row + own_row, found.end, found.column * Config::kTileColumns, 0, arguments.depth};
+      *work =
+          Work(found.expert, found.row + own_row, found.end, found.column * Config::kTileColumns, 0, arguments.depth);
     }
     return true;
   }
@@ -228,12 +232,14 @@ __device__ void load_b(const ProductArguments& arguments, const Work& work, int6
   }
 }
 
+// One warp, of which one lane loads.
 template <typename Config>
 __device__ void produce(const ProductArguments& arguments, const SharedMemory<Config>& shared) {
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x >= kWarpSize) return;
   RingPosition<Config::kStages> position;
   WorkQueue<Config> queue(arguments);
   for (Work work; queue.next(&work);) {
+    if (threadIdx.x != 0) continue;
     const int steps = work.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, position.advance()) {
@@ -253,10 +259,11 @@ __device__ void produce(const ProductArguments& arguments, const SharedMemory<Co
 // since zero times an infinity is NaN. All math threads must call.
 template <typename Config>
 __device__ void zero_depth_from(int valid, char* stage, int math_thread) {
-  constexpr int kBlocks = Config::kStageBytes / kBlockBytes;
-  const int chunks = (kBlockDepth - valid) * kRowChunks;
-  for (int i = math_thread; i < kBlocks * chunks; i += kMathThreads) {
-    store_shared_16(stage + i / chunks * kBlockBytes + valid * kRowBytes + i % chunks * 16, Chunk{});
+  for (int byte = valid * kRowBytes + math_thread * 16; byte < kBlockBytes; byte += kMathThreads * 16) {
+#pragma unroll
+    for (int block = 0; block < Config::kStageBytes / kBlockBytes; ++block) {
+      store_shared_16(stage + block * kBlockBytes + byte, Chunk{});
+    }
   }
   fence_proxy_async();
   named_barrier(kMathBarrier, kMathThreads);

@@ -18,11 +18,17 @@ constexpr MapType map_type() {
   }
 }
 
+// Before anything else: it also binds the device's context to this thread, if it is the thread's first use of CUDA, and
+// encoding a tensor map needs that.
+template <typename Config>
+void prepare() {
+  allow_shared_bytes(product_kernel<Config>, Config::kSharedBytes);
+}
+
 // `tiles`: of clusters.
 template <typename Config>
 const char* launch(const ProductArguments& arguments, int64_t tiles, int multiprocessors, cudaStream_t stream) {
   const auto kernel = product_kernel<Config>;
-  allow_shared_bytes(kernel, Config::kSharedBytes);
   const int64_t clusters = std::min<int64_t>(tiles, std::max(multiprocessors / Config::kCluster, 1));
   const auto blocks = static_cast<unsigned>(clusters * Config::kCluster);
   if constexpr (Config::kCluster == 1) {
@@ -49,6 +55,7 @@ const char* launch_forward(const FusedGemmArgs& fused, int multiprocessors) {
   const int64_t columns = Config::kPairsColumns ? n / 2 : n;
   const TensorMapSpec weights_k = {args.weight, kType, 3, {k, n, e}, {1, k, n * k}, {kBlockDepth, Config::kBoxB, 1}};
   const TensorMapSpec weights_mn = {args.weight, kType, 3, {n, k, e}, {1, n, n * k}, {Config::kBoxB, kBlockDepth, 1}};
+  prepare<Config>();
   ProductArguments arguments{};
   const char* error = encode({{&arguments.b, Config::kMajorB == Major::kK ? weights_k : weights_mn}});
   if (!error && !fused.gather.source) {
@@ -85,6 +92,7 @@ const char* launch_wgrad(const GroupedWgradArgs& args, const RowGather& gather, 
   const int64_t m = args.max_rows, rows = enk ? args.n : args.k, columns = enk ? args.k : args.n, e = args.num_experts;
   const void* a = enk ? args.grad_output : args.input;
   const void* b = enk ? args.input : args.grad_output;
+  prepare<Config>();
   ProductArguments arguments{};
   arguments.gather = gather;
   arguments.gather.is_a = !enk;  // the input

@@ -16,6 +16,10 @@
 //   Where there are fewer items than multiprocessors, one block of 8 warps: 96 kB (64 kB).
 #include "grouped_gemm_small_rows.h"
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "../tile_choice.h"
 #include "item_product.h"
 
@@ -57,7 +61,7 @@ __device__ void finish(const Problem<T>& problem, const Item& item, int row_tile
     if constexpr (mode == RowMode::kConcatenated) x.up[0] = total(row, local + kOutputs);
     float value[1];
     GateUpVector<1> derivative;
-    cuda::evaluate<mode>(problem.activation, x, value, derivative);
+    cuda::evaluate<mode, T>(problem.activation, x, value, derivative);
     problem.output[(item.rows.begin + row) * out_width + column] = static_cast<T>(value[0]);
   }
 }
@@ -161,62 +165,77 @@ __global__ void __launch_bounds__(warps* kWarpSize, warps == kManyItemsWarps ? k
 }
 
 struct Machine {
-  int multiprocessors;
+  int device, multiprocessors;
   size_t block_shared_bytes;  // the most that a block can have: 227 kB on sm_90, 163 kB on sm_80, 99 kB on sm_86
 };
 
 Machine read_machine(int device) {
 #ifdef MOE_EXT_EMULATED
-  return {3, moe_emulator::kMaxSharedBytes};
+  return {device, 3, moe_emulator::kMaxSharedBytes};
 #else
   int multiprocessors = 0, bytes = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return {multiprocessors, static_cast<size_t>(bytes)};
+  return {device, multiprocessors, static_cast<size_t>(bytes)};
 #endif
 }
 
-// Lets the kernel take `shared_bytes`; returns how many of its blocks a multiprocessor holds.
-template <typename Kernel>
-int resident_blocks(Kernel kernel, int threads, size_t shared_bytes) {
-  allow_shared_bytes(kernel, shared_bytes);
+size_t shared_bytes_of(int warps, int64_t num_experts) {
+  return kRingVectors * warps * kWarpSize * sizeof(Word16) + (num_experts + 1) * sizeof(int32_t);
+}
+
+// What a launch must know of the runtime.
+struct Residency {
+  int blocks;     // that a multiprocessor holds
+  bool overlaps;  // the kernel waits for the one before it; code for sm_80 does not, whatever it runs on
+};
+
+// Asked once: together the questions take as long as the kernel. `most_bytes` is what the kernel may ever take on the
+// device, since threads that launch it with different sizes share one limit.
+template <typename Parameter>
+Residency residency_of(void (*kernel)(Parameter), int device, int threads, size_t shared_bytes, size_t most_bytes) {
 #ifdef MOE_EXT_EMULATED
-  return kManyItemsBlocks;
+  allow_shared_bytes(kernel, most_bytes);
+  return {kManyItemsBlocks, false};
 #else
-  int blocks = 0;
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
-  return blocks;
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, size_t>, Residency> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, unknown] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, shared_bytes});
+  if (unknown) {
+    try {
+      allow_shared_bytes(kernel, most_bytes);
+      check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&place->second.blocks, kernel, threads, shared_bytes));
+      cudaFuncAttributes attributes;
+      check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+      place->second.overlaps = attributes.ptxVersion >= 90;
+    } catch (...) {
+      known.erase(place);
+      throw;
+    }
+  }
+  return place->second;
 #endif
 }
 
-// As launch_kernel. On sm_90 the kernel may be placed while the one before it ends: in decoding, where kernels take
+// As launch_kernel, but the kernel may be placed while the one before it ends: in decoding, where kernels take
 // microseconds, the two products of a layer follow each other without a gap.
 template <typename Parameter>
 void launch_overlapped(void (*kernel)(Parameter), unsigned blocks, int threads, size_t shared_bytes,
                        cudaStream_t stream, const Parameter& parameter) {
 #ifndef MOE_EXT_EMULATED
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel));
-  if (attributes.ptxVersion >= 90) {  // code for sm_80 does not wait, whatever it runs on
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, parameter));
-    return;
-  }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, parameter));
 #endif
-  launch_kernel(kernel, blocks, threads, shared_bytes, stream, parameter);
-}
-
-size_t shared_bytes_of(int warps, int num_experts) {
-  return kRingVectors * warps * kWarpSize * sizeof(Word16) + (num_experts + 1) * sizeof(int32_t);
 }
 
 template <typename T, WeightLayout layout, int warps>
@@ -224,8 +243,16 @@ void launch(const Problem<T>& problem, int64_t items, const Machine& machine, cu
   constexpr int kThreads = warps * kWarpSize;
   const auto kernel = small_rows_kernel<T, layout, warps>;
   const size_t shared_bytes = shared_bytes_of(warps, problem.num_experts);
-  const int64_t resident = int64_t{machine.multiprocessors} * resident_blocks(kernel, kThreads, shared_bytes);
-  launch_overlapped(kernel, static_cast<unsigned>(std::min(items, resident)), kThreads, shared_bytes, stream, problem);
+  const size_t most_bytes = std::min(shared_bytes_of(warps, kMaxExperts), machine.block_shared_bytes);
+  const Residency residency = residency_of(kernel, machine.device, kThreads, shared_bytes, most_bytes);
+  // In as few rounds as there can be, and these equally full: a last round of few blocks cannot fill the memory's pipe.
+  const int64_t rounds = ceil_div(items, int64_t{machine.multiprocessors} * std::max(residency.blocks, 1));
+  const auto blocks = static_cast<unsigned>(ceil_div(items, rounds));
+  if (residency.overlaps) {
+    launch_overlapped(kernel, blocks, kThreads, shared_bytes, stream, problem);
+  } else {
+    launch_kernel(kernel, blocks, kThreads, shared_bytes, stream, problem);
+  }
 }
 
 template <typename T, WeightLayout layout>
