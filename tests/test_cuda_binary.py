@@ -154,7 +154,7 @@ def test_products_keep_the_tensor_cores_busy(code_of_kernels):
         start = order.index("WARPGROUP.ARRIVE")
         assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
         assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
-        assert "UTMALDG" in sass and "LDGSTS" in sass, name
+        assert "UTMALDG" in sass and "LDGSTS" in sass and "ARRIVES.LDGSTSBAR" in sass, name
         in_clusters = "ELi4ELi2ELNS0_6Finish" in name  # stages, cluster
         assert (".MULTICAST" in sass, sass.count("UCGABAR_WAIT")) == (in_clusters, 2 * in_clusters), name
 

@@ -71,7 +71,9 @@ using Groups = std::deque<std::vector<Operation>>;
 struct Thread {
   Groups<Wgmma> wgmmas{1};
   Groups<Store> stores{1};
-  Groups<Copy> copies{1};
+  std::vector<Copy> copies;  // that no barrier tracks yet
+  int copies_in_flight = 0;
+  uint64_t fenced_at = 0;  // how many copies had landed at its last fence_proxy_async
   bool wgmma_fenced = false;
   std::vector<int> unfenced;                  // units written by ordinary stores since the last fence_proxy_async
   std::map<const Barrier*, uint64_t> passed;  // phases that this thread has seen end
@@ -84,6 +86,8 @@ struct State {
   NamedBarrier named[moe_emulator::kMaxCluster][16];
   std::vector<Thread> threads = std::vector<Thread>(moe_emulator::kMaxCluster * moe_emulator::kMaxThreads);
   std::vector<bool> unfenced = std::vector<bool>(moe_emulator::kMaxCluster * moe_emulator::kMaxSharedBytes / kUnit);
+  std::vector<uint64_t> landed = std::vector<uint64_t>(unfenced.size());  // number of the cp.async that wrote a unit
+  uint64_t copies_landed = 0;
   bool barriers_unfenced = false;
 };
 
@@ -116,11 +120,11 @@ void start_block() {
 void end_block() {
   if (!used) return;
   for (const Thread& thread : state.threads) {
-    if (thread.wgmmas.size() > 1 || thread.stores.size() > 1 || thread.copies.size() > 1) {
-      fail("a block ended with wgmmas, TMA stores or cp.asyncs that no thread waited for");
+    if (thread.wgmmas.size() > 1 || thread.stores.size() > 1) {
+      fail("a block ended with wgmmas or TMA stores that no thread waited for");
     }
-    if (!thread.wgmmas[0].empty() || !thread.stores[0].empty() || !thread.copies[0].empty()) {
-      fail("a block ended with wgmmas, TMA stores or cp.asyncs that were never committed");
+    if (!thread.wgmmas[0].empty() || !thread.stores[0].empty() || !thread.copies.empty()) {
+      fail("a block ended with wgmmas or TMA stores that were never committed, or cp.asyncs that never arrive");
     }
   }
   for (const auto& [barrier, s] : state.barriers) {
@@ -221,7 +225,14 @@ void check_descriptor(uint64_t descriptor, bool k_major, int rows) {
   if (start % kAtom >= (k_major ? 128u : 1u)) fail("wgmma: the operand starts inside a swizzle atom");
 }
 
-std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToFloat to_float) {
+// The copies that every lane of the warp of `lanes` has fenced.
+uint64_t fenced_by(const Thread* lanes) {
+  uint64_t fenced = lanes[0].fenced_at;
+  for (int lane = 1; lane < 32; ++lane) fenced = std::min(fenced, lanes[lane].fenced_at);
+  return fenced;
+}
+
+std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToFloat to_float, uint64_t fenced) {
   check_descriptor(descriptor, k_major, rows);
   std::vector<float> values(rows * kInstructionDepth);
   for (int row = 0; row < rows; ++row) {
@@ -229,17 +240,19 @@ std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToF
       const char* element = at_address(element_address(descriptor, k_major, row, depth));
       check_inside(element, 2, "wgmma");
       require_fenced(element - reinterpret_cast<uintptr_t>(element) % kUnit, kUnit, "wgmma reads what");
+      if (state.landed[unit_of(element)] > fenced) fail("wgmma reads what came by cp.async without fence_proxy_async");
       values[row * kInstructionDepth + depth] = to_float(element);
     }
   }
   return values;
 }
 
-// One instruction of one warp: its 16 of the 64 rows.
-void multiply(const Wgmma& shared_part, float* const (&accumulators)[32], int warp) {
+// One instruction of one warp: its 16 of the 64 rows. `fenced`: the copies it may see.
+void multiply(const Wgmma& shared_part, float* const (&accumulators)[32], int warp, uint64_t fenced) {
   const int columns = shared_part.columns;
-  const auto a = read_operand(shared_part.descriptor_a, shared_part.a_is_k_major, 64, shared_part.to_float);
-  const auto b = read_operand(shared_part.descriptor_b, shared_part.b_is_k_major, columns, shared_part.to_float);
+  const auto a = read_operand(shared_part.descriptor_a, shared_part.a_is_k_major, 64, shared_part.to_float, fenced);
+  const auto b =
+      read_operand(shared_part.descriptor_b, shared_part.b_is_k_major, columns, shared_part.to_float, fenced);
   for (int lane = 0; lane < 32; ++lane) {
     for (int index = 0; index < columns / 2; ++index) {
       const FragmentPosition position = fragment_position(warp % 4 * 32 + lane, index);
@@ -296,15 +309,10 @@ void barrier_arrive_expect(Barrier* barrier, uint32_t bytes) {
   s.settle();
 }
 
-bool barrier_passed(Barrier* barrier, uint32_t parity) {
-  const BarrierState& s = barrier_state(barrier);
-  if (parity > 1) fail("the parity of a barrier's phase is 0 or 1");
-  return (s.phase & 1) != parity;
-}
-
 void barrier_wait(Barrier* barrier, uint32_t parity) {
-  BarrierState& s = barrier_state(barrier);
-  moe_emulator::wait_until([barrier, parity] { return barrier_passed(barrier, parity); });
+  if (parity > 1) fail("the parity of a barrier's phase is 0 or 1");
+  const BarrierState& s = barrier_state(barrier);
+  moe_emulator::wait_until([&s, parity] { return (s.phase & 1) != parity; });
   // Parities tell neighbouring phases apart: a thread that sleeps through one would take the next but one for it.
   const auto [passed, first] = self().passed.try_emplace(barrier, s.phase);
   if (!first && s.phase != passed->second + 1) fail("a thread did not see every phase of a barrier end");
@@ -327,6 +335,7 @@ void named_barrier(int id, int threads) {
 void fence_proxy_async() {
   for (int unit : self().unfenced) state.unfenced[unit] = false;
   self().unfenced.clear();
+  self().fenced_at = state.copies_landed;
 }
 
 const char* encode_tensor_map(TensorMap* map, const TensorMapSpec& spec) {
@@ -384,20 +393,37 @@ void tma_store_wait(int groups) {
 void copy_async_16(void* shared, const void* source, bool valid) {
   if (shared_address(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async: unaligned");
   std::memset(shared, kPoison, 16);
-  self().copies.back().push_back({static_cast<char*>(shared), static_cast<const char*>(source), valid});
+  self().copies.push_back({static_cast<char*>(shared), static_cast<const char*>(source), valid});
 }
 
-void copy_async_commit() { self().copies.emplace_back(); }
-
-void copy_async_wait_for(int groups) {
-  auto& copies = self().copies;
-  while (static_cast<int>(copies.size()) - 1 > groups) {
-    for (const Copy& copy : copies.front()) {
-      const char zeros[16] = {};
-      store_shared_bytes(copy.shared, copy.valid ? copy.source : zeros, 16);
+// The copies land, and then the thread arrives, at a random later time. Who has waited for the barrier sees them once
+// it has fenced.
+void copy_async_arrive(Barrier* barrier) {
+  Thread& thread = self();
+  BarrierState& s = barrier_state(barrier);
+  ++thread.copies_in_flight;
+  moe_emulator::deliver_later([&thread, &s, copies = std::move(thread.copies)] {
+    for (const Copy& copy : copies) {
+      if (copy.valid) {
+        std::memcpy(copy.shared, copy.source, 16);
+      } else {
+        std::memset(copy.shared, 0, 16);
+      }
+      const uint64_t number = ++state.copies_landed;
+      for (int unit = unit_of(copy.shared); unit < unit_of(copy.shared + 16); ++unit) state.landed[unit] = number;
     }
-    copies.pop_front();
-  }
+    --thread.copies_in_flight;
+    if (s.pending == 0) fail("more arrivals on a barrier than it expects in one phase");
+    --s.pending;
+    s.settle();
+  });
+  thread.copies.clear();
+}
+
+void copy_async_wait_all() {
+  Thread& thread = self();
+  if (!thread.copies.empty()) fail("a wait for cp.asyncs that no barrier tracks");
+  moe_emulator::wait_until([&thread] { return thread.copies_in_flight == 0; });
 }
 
 void store_global_16(void* global, const Chunk& value) {
@@ -477,7 +503,7 @@ void wgmma_wait_for(int groups) {
           }
           accumulators[lane] = group[i].accumulators;
         }
-        multiply(lanes[0].wgmmas.front()[i], accumulators, static_cast<int>(mine / 32));
+        multiply(lanes[0].wgmmas.front()[i], accumulators, static_cast<int>(mine / 32), fenced_by(lanes));
       }
       for (int lane = 0; lane < 32; ++lane) lanes[lane].wgmmas.pop_front();
     }

@@ -3,12 +3,12 @@
 // Asynchrony is modelled at its worst. A TMA load or cp.async poisons its destination when it is issued and delivers at
 // a random later time; a TMA store and a wgmma read shared memory, and a wgmma writes accumulators, only when the
 // thread waits for them. So a stage read too early or refilled too early gives NaN, and a wait that is missing gives
-// stale values. A wgmma decodes its descriptors bit by bit. What this thread wrote by ordinary stores or cp.async
-// counts as invisible to TMA and wgmma until fence_proxy_async. What the hardware leaves undefined ends the process:
-// barriers that overflow, are used before their fence, or are passed a phase late; buffers outside the shared memory of
-// the launch; descriptors and tensor maps against the rules of the PTX ISA and cuTensorMapEncodeTiled; registers that a
-// multiprocessor has not; copies that never end; lanes of a warp that issue different wgmmas; arrivals and copies at a
-// block of the cluster that has ended; deadlocks.
+// stale values. A wgmma decodes its descriptors bit by bit. What this thread wrote by ordinary stores counts as
+// invisible to TMA and wgmma until its fence_proxy_async, and what came by cp.async until the reader's. What the
+// hardware leaves undefined ends the process: barriers that overflow, are used before their fence, or are passed a
+// phase late; buffers outside the shared memory of the launch; descriptors and tensor maps against the rules of the PTX
+// ISA and cuTensorMapEncodeTiled; registers that a multiprocessor has not; copies that never end; lanes of a warp that
+// issue different wgmmas; arrivals and copies at a block of the cluster that has ended; deadlocks.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,6 @@ void barrier_arrive(Barrier* barrier);
 void barrier_arrive_at(Barrier* barrier, unsigned rank);
 void barrier_arrive_expect(Barrier* barrier, uint32_t bytes);
 void barrier_wait(Barrier* barrier, uint32_t parity);
-bool barrier_passed(Barrier* barrier, uint32_t parity);
 void named_barrier(int id, int threads);
 inline void cluster_sync() { moe_emulator::sync_cluster(); }
 void fence_proxy_async();
@@ -57,12 +56,8 @@ void tma_store_wait_read() {
 inline void tma_store_wait_all() { tma_store_wait(0); }
 
 void copy_async_16(void* shared, const void* source, bool valid);
-void copy_async_commit();
-void copy_async_wait_for(int groups);
-template <int groups>
-void copy_async_wait() {
-  copy_async_wait_for(groups);
-}
+void copy_async_arrive(Barrier* barrier);
+void copy_async_wait_all();
 
 void store_shared_bytes(void* shared, const void* bytes, int count);
 inline void store_shared(void* shared, float first, float second) {

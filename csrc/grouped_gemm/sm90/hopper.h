@@ -63,21 +63,6 @@ __device__ inline void barrier_wait(Barrier* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// Whether that phase has ended, at once.
-__device__ inline bool barrier_passed(Barrier* barrier, uint32_t parity) {
-  uint32_t passed;
-  asm volatile(
-      "{\n\t"
-      ".reg .pred done;\n\t"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
-      "selp.u32 %0, 1, 0, done;\n\t"
-      "}"
-      : "=r"(passed)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return passed != 0;
-}
-
 // Barrier `id` (1 to 15) among `threads` threads of the block.
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -88,7 +73,8 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
 }
 
-// What this thread wrote to shared memory becomes visible to TMA and wgmma, once others have synchronised with it.
+// What this thread wrote to shared memory, and what it has seen other threads' copies arrive with at a barrier, becomes
+// visible to TMA and wgmma: of others once they have synchronised with it, of its own at once.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- TMA
@@ -129,11 +115,12 @@ __device__ inline void copy_async_16(void* shared, const void* source, bool vali
                "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int groups>
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+// Arrives at the barrier, as one of the arrivals it was initialised with, once all copies of this thread have landed.
+__device__ inline void copy_async_arrive(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// Until all copies of this thread have landed.
+__device__ inline void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- shared memory by ordinary stores and loads
 __device__ inline void store_shared(void* shared, float first, float second) {

@@ -402,7 +402,7 @@ __device__ void compute(const ProductArguments& arguments, const SharedMemory<Co
   WorkQueue<Config> queue(arguments);
   for (Work work; queue.next(&work);) {
     float accumulators[Config::kWarpgroupColumns / 2];
-    multiply<Config>(work, shared, self, position, accumulators);
+    multiply<Config>(arguments.gather.source != nullptr, work, shared, self, position, accumulators);
     if constexpr (Config::kFinish == Finish::kActivate) {
       store_activated<Config>(arguments, work, self, staging, accumulators);
     } else if constexpr (Config::kFinish == Finish::kDifferentiate) {

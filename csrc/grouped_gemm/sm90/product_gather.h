@@ -1,10 +1,7 @@
 // The producer of product_kernel.h where an operand's rows are gathered: its four warps copy that operand by 16-byte
 // cp.async into the swizzled layout, while the other operand still comes by TMA.
-//
-// A stage's copies are published up to two stages later: then cp.async.wait_group leaves the later ones in flight, and
-// a thread's arrival follows its own fence. Where a thread must wait anyway, for a free stage or for its next tile, it
-// publishes sooner. Two stages are published and unconsumed whenever it waits for a free one, which the math warpgroups
-// need to release any.
+// A thread's copies arrive at the stage's barrier by themselves, so that it never waits for one; the fence between them
+// and wgmma is the reader's.
 #pragma once
 
 #include "product_kernel.h"
@@ -13,7 +10,6 @@ namespace moe_ext::sm90 {
 
 constexpr int kRowsAtOnce = kWarpgroup / kRowChunks;  // a thread copies chunk t % 8 of rows t / 8, t / 8 + 16, ...
 static_assert(kRowsAtOnce % 8 == 0, "so a thread's rows are all swizzled alike");
-constexpr int kCopiesAhead = 2;
 
 // The slots of every kRowsAtOnce-th row from `row` on, -1 past `end`. All are asked for before one is used.
 template <int count>
@@ -99,57 +95,31 @@ struct GatherExpertRows {
   }
 };
 
-// Stages whose copies this thread has started and not published.
-template <typename Config>
-struct Unpublished {
-  const SharedMemory<Config>& shared;
-  RingPosition<Config::kStages> oldest;
-  int count;
-
-  // Once their copies have landed, all but the last `kept`.
-  template <int kept>
-  __device__ void publish_but() {
-    copy_async_wait<kept>();
-#pragma unroll 1
-    for (; count > kept; --count, oldest.advance()) {
-      fence_proxy_async();
-      barrier_arrive(&shared.full[oldest.stage]);
-    }
-  }
-};
-
 template <typename Config>
 __device__ void produce_gathered(const ProductArguments& arguments, const SharedMemory<Config>& shared) {
   using Gather = std::conditional_t<Config::kWgrad, GatherExpertRows<Config>, GatherFeatures<Config>>;
-  static_assert(Config::kStages - kCopiesAhead >= 2);
   RingPosition<Config::kStages> position;
-  Unpublished<Config> unpublished{shared, position, 0};
   Gather gather;
   WorkQueue<Config> queue(arguments);
-  for (Work work; queue.next(&work); unpublished.template publish_but<1>()) {
+  for (Work work; queue.next(&work);) {
     gather.start(arguments, work);
-    unpublished.template publish_but<0>();
     const int steps = work.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, position.advance()) {
       const int64_t depth = work.depth + int64_t{step} * kBlockDepth;
       char *a = shared.a(position.stage), *b = shared.b(position.stage);
-      Barrier* empty = &shared.empty[position.stage];
-      if (!barrier_passed(empty, position.phase ^ 1)) unpublished.template publish_but<1>();
-      barrier_wait(empty, position.phase ^ 1);
+      Barrier* full = &shared.full[position.stage];
+      barrier_wait(&shared.empty[position.stage], position.phase ^ 1);
       if (threadIdx.x == 0) {
-        Barrier* full = &shared.full[position.stage];
         const bool gathers_a = !Config::kWgrad || arguments.gather.is_a;
         barrier_arrive_expect(full, gathers_a ? Config::kBytesB : Config::kBytesA);
         gathers_a ? load_b<Config>(arguments, work, depth, b, full) : load_a<Config>(arguments, work, depth, a, full);
       }
       gather.copy(arguments, work, depth, a, b);
-      copy_async_commit();
-      ++unpublished.count;
-      unpublished.template publish_but<kCopiesAhead>();
+      copy_async_arrive(full);
     }
   }
-  unpublished.template publish_but<0>();
+  copy_async_wait_all();
 }
 
 }  // namespace moe_ext::sm90

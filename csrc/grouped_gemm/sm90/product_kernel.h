@@ -278,8 +278,9 @@ struct MathThread {
 };
 
 // accumulators = the product over work's depth. Keeps one group of wgmmas in flight while the next stage arrives.
+// `gathered`: an operand came by cp.async.
 template <typename Config>
-__device__ void multiply(const Work& work, const SharedMemory<Config>& shared, const MathThread& self,
+__device__ void multiply(bool gathered, const Work& work, const SharedMemory<Config>& shared, const MathThread& self,
                          RingPosition<Config::kStages>& position,
                          float (&accumulators)[Config::kWarpgroupColumns / 2]) {
   const int steps = work.steps();
@@ -295,6 +296,7 @@ __device__ void multiply(const Work& work, const SharedMemory<Config>& shared, c
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     barrier_wait(&shared.full[position.stage], position.phase);
+    if (gathered) fence_proxy_async();
     if constexpr (Config::kWgrad) {
       const int64_t valid = work.depth_end - work.depth - int64_t{step} * kBlockDepth;
       if (valid < kBlockDepth) {
@@ -352,7 +354,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       prefetch_map(arguments.b);
     }
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      // One thread announces the bytes of TMA; each of the producer's announces its own copies.
+      // One thread announces the bytes of TMA; the copies of each of the producer's arrive for themselves.
       barrier_init(&shared.full[stage], gathers ? 1 + kWarpgroup : 1);
       barrier_init(&shared.empty[stage], Config::kCluster * kMathThreads / kWarpSize);
     }
