@@ -87,7 +87,7 @@ class GroupedRowTiles {
 
   const int32_t* expert_offsets_;
   int64_t num_experts_, max_rows_, block_rows_, column_tiles_, step_;
-  int64_t first_expert_ = 0;       // of the 32 at hand
+  int first_expert_ = 0;           // of the 32 at hand
   int64_t ahead_;                  // the next tile, counted from their first
   int64_t end_;                    // of the lane's expert's tiles, likewise
   int32_t rows_begin_, rows_end_;  // of the lane's expert

@@ -23,9 +23,9 @@ __device__ void load_slots(const RowGather& gather, int64_t row, int64_t end, in
 // From column `column` on, by one multiplication: a row's bytes fit 32 bits, since TMA counts its elements in an
 // int32_t. Without a token that of row 0, not to be read.
 template <typename Element>
-__device__ const Element* row_of(const RowGather& gather, int token, int64_t column) {
+__device__ const Element* row_of(const RowGather& gather, int token, int column) {
   const auto row_bytes = static_cast<uint32_t>(gather.width * sizeof(Element));
-  const char* first = static_cast<const char*>(gather.source) + column * sizeof(Element);
+  const char* first = static_cast<const char*>(gather.source) + column * static_cast<int>(sizeof(Element));
   return reinterpret_cast<const Element*>(first + uint64_t{static_cast<uint32_t>(token < 0 ? 0 : token)} * row_bytes);
 }
 
@@ -40,15 +40,15 @@ struct GatherFeatures {
 #pragma unroll
     for (int& token : tokens) token = arguments.gather.token_of(token);
   }
-  __device__ void copy(const ProductArguments& arguments, const Work& work, int64_t depth, char* a, char* b) const {
+  __device__ void copy(const ProductArguments& arguments, const Work& work, int depth, char* a, char* b) const {
     const int chunk = threadIdx.x % kRowChunks;
-    const int64_t first = depth + chunk * 8;
+    const int first = depth + chunk * 8;
     char* target = a + swizzled(threadIdx.x / kRowChunks, chunk * 16);
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       copy_async_16(target + i * kRowsAtOnce * kRowBytes,
                     row_of<typename Config::Element>(arguments.gather, tokens[i], first),
-                    tokens[i] >= 0 && first < arguments.depth);
+                    tokens[i] >= 0 && first < static_cast<int>(arguments.depth));
     }
   }
 };
@@ -61,7 +61,7 @@ struct GatherExpertRows {
   int slots[kStepsPerThread];  // of the next stage: on their way while this one is copied
 
   __device__ void start(const ProductArguments& arguments, const Work& work) { look_up(arguments, work, work.depth); }
-  __device__ void copy(const ProductArguments& arguments, const Work& work, int64_t depth, char* a, char* b) {
+  __device__ void copy(const ProductArguments& arguments, const Work& work, int depth, char* a, char* b) {
     int tokens[kStepsPerThread];
 #pragma unroll
     for (int i = 0; i < kStepsPerThread; ++i) tokens[i] = arguments.gather.token_of(slots[i]);
@@ -74,14 +74,14 @@ struct GatherExpertRows {
   }
 
  private:
-  __device__ void look_up(const ProductArguments& arguments, const Work& work, int64_t depth) {
+  __device__ void look_up(const ProductArguments& arguments, const Work& work, int depth) {
     load_slots(arguments.gather, depth + threadIdx.x / kRowChunks, work.depth_end, slots);
   }
   template <int blocks>
-  __device__ static void copy_blocks(const RowGather& gather, const int (&tokens)[kStepsPerThread],
-                                     int64_t first_column, char* operand) {
+  __device__ static void copy_blocks(const RowGather& gather, const int (&tokens)[kStepsPerThread], int first_column,
+                                     char* operand) {
     const int chunk = threadIdx.x % kRowChunks;
-    const int64_t column = first_column + chunk * 8;
+    const int column = first_column + chunk * 8;
     char* target = operand + swizzled(threadIdx.x / kRowChunks, chunk * 16);
 #pragma unroll
     for (int i = 0; i < kStepsPerThread; ++i) {
@@ -89,7 +89,7 @@ struct GatherExpertRows {
 #pragma unroll
       for (int block = 0; block < blocks; ++block) {
         copy_async_16(target + block * kBlockBytes + i * kRowsAtOnce * kRowBytes, row + block * 64,
-                      tokens[i] >= 0 && column + block * 64 < gather.width);
+                      tokens[i] >= 0 && column + block * 64 < static_cast<int>(gather.width));
       }
     }
   }
@@ -106,7 +106,7 @@ __device__ void produce_gathered(const ProductArguments& arguments, const Shared
     const int steps = work.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, position.advance()) {
-      const int64_t depth = work.depth + int64_t{step} * kBlockDepth;
+      const int depth = work.depth + step * kBlockDepth;
       char *a = shared.a(position.stage), *b = shared.b(position.stage);
       Barrier* full = &shared.full[position.stage];
       barrier_wait(&shared.empty[position.stage], position.phase ^ 1);

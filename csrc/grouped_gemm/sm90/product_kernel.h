@@ -181,16 +181,15 @@ struct WorkQueue {
 // ---- producer
 
 template <typename Config>
-__device__ void load_a(const ProductArguments& arguments, const Work& work, int64_t depth, char* a, Barrier* full) {
-  const int d = static_cast<int>(depth);
+__device__ void load_a(const ProductArguments& arguments, const Work& work, int depth, char* a, Barrier* full) {
 #pragma unroll
   for (int box = 0; box < Config::kRows / Config::kBoxA; ++box) {
     char* target = a + box * Config::kBoxA * kMatrixRowBytes;
-    const int row = static_cast<int>(work.row) + box * Config::kBoxA;
+    const int row = work.row + box * Config::kBoxA;
     if constexpr (Config::kMajorA == Major::kK) {
-      tma_load(arguments.a, full, target, d, row);
+      tma_load(arguments.a, full, target, depth, row);
     } else {
-      tma_load(arguments.a, full, target, row, d);
+      tma_load(arguments.a, full, target, row, depth);
     }
   }
 }
@@ -207,13 +206,12 @@ __device__ void load_shared_box(const TensorMap& map, Barrier* full, char* targe
 
 // This block's share of B.
 template <typename Config>
-__device__ void load_b(const ProductArguments& arguments, const Work& work, int64_t depth, char* b, Barrier* full) {
-  const int d = static_cast<int>(depth), expert = static_cast<int>(work.expert);
+__device__ void load_b(const ProductArguments& arguments, const Work& work, int depth, char* b, Barrier* full) {
 #pragma unroll
   for (int own = 0; own < Config::kBoxesB; ++own) {
     const int box = cluster_rank<Config>() * Config::kBoxesB + own;
     char* target = b + box * Config::kBoxB * kMatrixRowBytes;
-    int column = static_cast<int>(work.column);
+    int column = work.column;
     if constexpr (Config::kPairsColumns) {
       constexpr int kHalf = Config::kWarpgroupColumns / 2;
       const int half = box * Config::kBoxB / kHalf;  // of some warpgroup; odd ones are ups
@@ -223,11 +221,11 @@ __device__ void load_b(const ProductArguments& arguments, const Work& work, int6
       column += box * Config::kBoxB;
     }
     if constexpr (Config::kWgrad) {
-      load_shared_box<Config>(arguments.b, full, target, column, d);
+      load_shared_box<Config>(arguments.b, full, target, column, depth);
     } else if constexpr (Config::kMajorB == Major::kK) {
-      load_shared_box<Config>(arguments.b, full, target, d, column, expert);
+      load_shared_box<Config>(arguments.b, full, target, depth, column, work.expert);
     } else {
-      load_shared_box<Config>(arguments.b, full, target, column, d, expert);
+      load_shared_box<Config>(arguments.b, full, target, column, depth, work.expert);
     }
   }
 }
@@ -243,7 +241,7 @@ __device__ void produce(const ProductArguments& arguments, const SharedMemory<Co
     const int steps = work.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, position.advance()) {
-      const int64_t depth = work.depth + int64_t{step} * kBlockDepth;
+      const int depth = work.depth + step * kBlockDepth;
       Barrier* full = &shared.full[position.stage];
       barrier_wait(&shared.empty[position.stage], position.phase ^ 1);
       barrier_arrive_expect(full, Config::kStageBytes);
@@ -298,10 +296,9 @@ __device__ void multiply(bool gathered, const Work& work, const SharedMemory<Con
     barrier_wait(&shared.full[position.stage], position.phase);
     if (gathered) fence_proxy_async();
     if constexpr (Config::kWgrad) {
-      const int64_t valid = work.depth_end - work.depth - int64_t{step} * kBlockDepth;
+      const int valid = work.depth_end - work.depth - step * kBlockDepth;
       if (valid < kBlockDepth) {
-        zero_depth_from<Config>(static_cast<int>(valid), shared.a(position.stage),
-                                self.warpgroup * kWarpgroup + self.thread);
+        zero_depth_from<Config>(valid, shared.a(position.stage), self.warpgroup * kWarpgroup + self.thread);
       }
     }
     const uint64_t a =
