@@ -92,6 +92,8 @@ def where_wrong(actual: Tensor, expected: Tensor, tolerance: float) -> str:
     """A map of the rows and columns that differ: . right, n NaN, # wrong; the shape of a bug shows where it is."""
     actual, expected = actual.double().cpu().flatten(0, -2), expected.double().cpu().flatten(0, -2)
     wrong = ~((actual - expected).abs() <= tolerance * (expected.abs() + expected.std()))
+    if not wrong.any():
+        return f"no element is off by much, the largest difference is {(actual - expected).abs().max():.5g}"
     first = wrong.nonzero()[0].tolist()
     lines = [f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {first}: {actual[tuple(first)]:.5g} instead of "
              f"{expected[tuple(first)]:.5g}; a character is {MAP_TILE}x{MAP_TILE}"]  # fmt: skip

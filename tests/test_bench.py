@@ -142,6 +142,36 @@ def test_zero_computation_experts_stand_against_ffn_experts(tmp_path):
     )
 
 
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_dense_ceiling_is_products_alone(gpt_oss):
+    shape = shapes.LayerShape("dense", 6, 16, 8, 4, 2, gpt_oss=gpt_oss)
+    layer = layers.Layer(Context("cpu", "quick", [torch.float32]), shape, torch.float32, "uniform")
+    seen, flops = [], 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal flops
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default:
+                flops += 2 * args[0].numel() * args[1].shape[1]
+            elif not func.is_view:
+                seen.append(func)
+            return result
+
+    for backward, times in ((False, 1), (True, 3)):
+        run, flops = layer.dense(backward=backward), 0
+        with Watch():
+            run()
+        assert not seen and flops == times * shape.forward_flops
+
+
+def test_gpt_oss_has_its_own_experts():
+    listed = [*shapes.GPU_LAYERS, *shapes.CPU_FULL_LAYERS]
+    assert {shape.name: shape.gpt_oss for shape in listed if "gpt-oss" in shape.name} == {
+        "gpt-oss-20b": True, "gpt-oss-half": True,
+    }  # fmt: skip
+
+
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="needs Linux' /proc")
 def test_memory_counts_what_was_touched():
     layer = shapes.LayerShape("memory", 64, 256, 512, 8, 2)

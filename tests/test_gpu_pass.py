@@ -152,3 +152,9 @@ def test_map_shows_where_a_product_is_wrong():
     text = gpu_smoke.where_wrong(found, exact, 1e-2)
     assert "257 of 1920 wrong, first at [16, 16]" in text
     assert text.splitlines()[1:] == ["...", ".#.", "n.."]
+
+
+def test_map_of_many_small_differences():
+    """The norm may be off where no element is off by much."""
+    exact = torch.ones(40, 48)
+    assert "the largest difference is 0.001" in gpu_smoke.where_wrong(exact + 1e-3, exact, 1e-2)
