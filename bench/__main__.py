@@ -40,8 +40,9 @@ from . import (
     tune_tiles,
     zero_computation,
 )
-from .case import Case, Cases, Context
+from .case import Case, Cases, Context, first_line
 from .timing import Timer
+from .watchdog import watch
 
 MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_lora, bench_all_to_all)
 TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
@@ -75,6 +76,8 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
     parser.add_argument("--seconds", type=float, help="no further round of a case starts after so long (default: 2 on "
                         "a GPU, 1.5 on a CPU)")  # fmt: skip
+    parser.add_argument("--case-seconds", type=float, metavar="SECONDS", help="a case that takes longer hangs: what is "
+                        "measured is saved, the process ends (default: no limit)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
 
 
@@ -135,14 +138,21 @@ def train_router(context: Context) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "losses": done[0].losses}
 
 
+def try_to_train(context: Context) -> dict[str, Any] | None:
+    """Without a trained router there is no routing "real"; the other rows are worth their time."""
+    try:
+        return train_router(context)
+    except Exception as error:
+        context.traces.clear()
+        context.errors.append(f"training a router: {first_line(error)}")
+        return None
+
+
 def cases(context: Context) -> Cases:
-    for module in MODULES:
-        if context.tables & set(module.TABLES):
-            yield from module.cases(context)
-    if "scaling" in context.tables:
-        yield from scaling.cases(context)
-    if zero_computation.TABLE in context.tables:
-        yield from zero_computation.cases(context)
+    asked = [(module, module.TABLES) for module in MODULES]
+    for module, tables in (*asked, (scaling, ("scaling",)), (zero_computation, (zero_computation.TABLE,))):
+        if context.tables & set(tables):
+            yield from context.attempt(module.__name__, module.cases(context))
 
 
 def device_of(options: argparse.Namespace) -> str:
@@ -208,13 +218,26 @@ def measure(
     peers: list[str] | None,
     progress: Progress,
     save: Callable[[Measured], None],
+    errors: list[str] | None = None,
+    case_seconds: float | None = None,
 ) -> Measured:
     """Each case is made as it is reached: inputs of all would not fit memory. ``save`` is called after each, so that a
-    run that is ended early leaves what it measured."""
-    found = Measured()
+    run that is ended early, by a case that takes longer than ``case_seconds`` too, leaves what it measured. ``errors``
+    is where those are told that could not be made."""
+    found = Measured(errors=[] if errors is None else errors)
     task = progress.add_task("measuring", total=None)
     gc.freeze()  # imports alone are half a million objects, which each collection below would visit
-    for case in measured:
+
+    def hangs(line: str) -> None:
+        found.errors.append(line)
+        save(found)
+
+    following, label = iter(measured), "the first case"
+    while True:
+        with watch(f"what follows {label}", case_seconds, hangs):
+            case = next(following, None)
+        if case is None:
+            return found
         if peers is not None:
             words = [word.lower() for word in peers]
             case.peers = {name: run for name, run in case.peers.items() if any(word in name.lower() for word in words)}
@@ -222,8 +245,9 @@ def measure(
         progress.update(task, description=label, advance=1)
         torch.set_num_threads(case.threads or about["threads"])
         try:
-            differences = case.check_peers()
-            timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+            with watch(label, case_seconds, hangs):
+                differences = case.check_peers()
+                timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
             found.rows.append(report.make_row(case, timings, differences, about))
         except Exception as error:  # one case, maybe one peer of it: the others are worth their time
             found.errors.append(f"{label}: {type(error).__name__}: {str(error)[:500]}")
@@ -231,10 +255,9 @@ def measure(
         torch.set_num_threads(about["threads"])
         save(found)
         if found.errors and timer.device_is_lost():
-            break
+            return found
         del case
         gc.collect()
-    return found
 
 
 def run(options: argparse.Namespace) -> Path:
@@ -242,18 +265,22 @@ def run(options: argparse.Namespace) -> Path:
     context = make_context(options)
     torch.manual_seed(0)
     start, about = time.perf_counter(), machine.describe(context.device)
-    training = train_router(context) if "A" in context.tables and not (options.ops or options.shapes) else None
     timer = Timer(context.device, options.rounds, options.seconds or SECONDS_PER_CASE[context.profile])
     path = options.out / file_name(options, context, about)
+    training = None
 
     def save(found: Measured) -> None:
         extra = {"command": COMMAND, "profile": options.profile or context.profile, "errors": found.errors,
                  "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
         report.write_json(path, about, found.rows, extra)
 
+    if "A" in context.tables and not (options.ops or options.shapes):
+        with watch("training a router", options.case_seconds, lambda line: save(Measured(errors=[line]))):
+            training = try_to_train(context)
+
     with Progress(*PROGRESS, transient=True) as progress:
         wanted = filter(lambda case: is_wanted(case, context, options), cases(context))
-        found = measure(wanted, timer, about, options.peers, progress, save)
+        found = measure(wanted, timer, about, options.peers, progress, save, context.errors, options.case_seconds)
         if "memory" in context.tables:
             progress.add_task("peak memory", total=None)
             context.weights.clear()
@@ -288,7 +315,7 @@ def run_shapes(options: argparse.Namespace) -> Path:
 
     with Progress(*PROGRESS, transient=True) as progress:
         measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
-        found = measure(measured, timer, about, options.peers, progress, save)
+        found = measure(measured, timer, about, options.peers, progress, save, context.errors, options.case_seconds)
     table = Table(
         "tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s", title="Expert layers alone"
     )

@@ -76,6 +76,7 @@ def make_row(
         "peer_seconds": peers,
         "peer_difference": differences,
         "skipped_peers": case.skipped_peers,
+        **({"differing_peers": case.differing_peers} if case.differing_peers else {}),
         "best_peer": best,
         "speedup_over_best_peer": peers[best] / ours if best else None,
         "ceiling_seconds": {name: timings[name].median for name in case.ceilings},
@@ -115,9 +116,10 @@ def cells(row: dict[str, Any]) -> list[str]:
     text = bytes_text if is_memory else time_text
     ours, peers = (row["peak_bytes"], row["peer_peak_bytes"]) if is_memory else (row["seconds"], row["peer_seconds"])
     ratio = row["best_peer_over_ours"] if is_memory else row["speedup_over_best_peer"]
+    apart = "".join(f"; {name} differs" for name in row.get("differing_peers", ()))
     return [
         row["op"], row["shape"], row["dtype"], row["routing"], row["direction"], text(ours),
-        f"{text(peers[best])} ({best})" if best else "-", f"{ratio:.2f}x" if best else "-",
+        f"{text(peers[best])} ({best}{apart})" if best else "-", f"{ratio:.2f}x" if best else "-",
         bytes_text(row["gradient_bytes"]) if is_memory else ceiling_text(row),
     ]  # fmt: skip
 
