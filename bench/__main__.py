@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import re
 import sys
 import time
@@ -41,6 +42,7 @@ from . import (
     zero_computation,
 )
 from .case import Case, Cases, Context, first_line
+from .gpu_names import TILE_VARIABLE
 from .timing import Timer
 from .watchdog import watch
 
@@ -112,6 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tiles_parser = commands.add_parser("tune-tiles", help="time every compiled sm_90a tile on the shapes of table B, "
                                        "say which is fastest and which the cost model chooses")  # fmt: skip
     add_measure_options(tiles_parser)
+    tiles_parser.add_argument("--tiles", nargs="+", metavar="TILE", help="only these (default: all)")
     bytes_parser = commands.add_parser("dispatch-bytes", help="what an all-to-all moves for published models, as "
                                        "Markdown; times are simulated from these inputs")  # fmt: skip
     bytes_parser.add_argument("--tokens", type=int, default=4096, help="of each rank (default: 4096)")
@@ -206,9 +209,10 @@ class Measured:
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def exit_if_wrong(self) -> None:
-        if self.errors:
-            raise SystemExit(f"{len(self.errors)} cases could not be measured:\n" + "\n".join(self.errors))
+
+def exit_if_wrong(errors: list[str], what: str) -> None:
+    if errors:
+        raise SystemExit(f"{len(errors)} {what}:\n" + "\n".join(errors))
 
 
 def measure(
@@ -260,6 +264,12 @@ def measure(
         gc.collect()
 
 
+def forced_tile() -> dict[str, str]:
+    """A note for the result where the cost model's choice is overruled."""
+    tile = os.environ.get(TILE_VARIABLE)
+    return {"note": f"Every grouped product on sm_90a was forced to the tile {tile} ({TILE_VARIABLE})."} if tile else {}
+
+
 def run(options: argparse.Namespace) -> Path:
     """All cases that the options ask for; returns the JSON file."""
     context = make_context(options)
@@ -271,7 +281,7 @@ def run(options: argparse.Namespace) -> Path:
 
     def save(found: Measured) -> None:
         extra = {"command": COMMAND, "profile": options.profile or context.profile, "errors": found.errors,
-                 "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
+                 "seconds": time.perf_counter() - start, "training": training, **forced_tile()}  # fmt: skip
         report.write_json(path, about, found.rows, extra)
 
     if "A" in context.tables and not (options.ops or options.shapes):
@@ -288,7 +298,7 @@ def run(options: argparse.Namespace) -> Path:
     save(found)
     report.print_tables(found.rows)
     print(f"{len(found.rows)} rows in {path}")
-    found.exit_if_wrong()
+    exit_if_wrong(found.errors, "cases could not be measured")
     return path
 
 
@@ -325,7 +335,7 @@ def run_shapes(options: argparse.Namespace) -> Path:
     report.print_tables(found.rows)
     Console().print(table)
     print(f"{len(found.rows)} rows in {path}")
-    found.exit_if_wrong()
+    exit_if_wrong(found.errors, "cases could not be measured")
     return path
 
 
@@ -334,13 +344,17 @@ def run_tuner(options: argparse.Namespace) -> Path:
     context = Context("cuda", "gpu", [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES["gpu"]])
     if not torch.cuda.is_available():
         raise SystemExit("tune-tiles: no GPU: torch.cuda.is_available() is False")
-    timer = Timer("cuda", options.rounds, SECONDS_PER_CASE["gpu"])
-    tiles = tune_tiles.tune(context, timer.compare)
-    about = machine.describe("cuda")
+    timer, about = Timer("cuda", options.rounds, SECONDS_PER_CASE["gpu"]), machine.describe("cuda")
     path = options.out / f"{about['gpu'].lower().replace(' ', '-')}-tiles.json"
-    report.write_json(path, about, [], {"command": COMMAND, "tiles": tiles})
-    print("\n".join(report.tile_table(tiles)))
-    print(f"{len(tiles)} products in {path}")
+
+    def save(sweep: tune_tiles.Sweep) -> None:
+        report.write_json(path, about, [], {"command": COMMAND, "errors": sweep.errors, "tiles": sweep.rows})
+
+    sweep = tune_tiles.Sweep(save, product_seconds=options.case_seconds)
+    tune_tiles.tune(context, timer.compare, sweep, options.tiles)
+    print("\n".join(report.tile_table(sweep.rows)))
+    print(f"{len(sweep.rows)} products in {path}")
+    exit_if_wrong(sweep.errors, "tiles could not be timed on a product")
     return path
 
 
@@ -350,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.html.write_text(html_report.page(options.files))
         print(f"{len(options.files)} result files in {options.html}")
     elif options.subcommand == "report":
-        print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.files))
+        print(report.page(options.files))
     elif options.subcommand == "headline":
         text = headline.headline(options.files)
         headline.write_into(options.page, text) if options.page else print(text, end="")

@@ -234,7 +234,7 @@ def test_a_case_that_raises_costs_itself_only(monkeypatch):
                                  lambda found: saved.append(len(found.rows)))  # fmt: skip
     assert [row["name"] for row in found.rows] == ["first", "third"] and saved == [1, 1, 2]
     with pytest.raises(SystemExit, match=r"op second forward: AssertionError: .*peer differs"):
-        found.exit_if_wrong()
+        bench.exit_if_wrong(found.errors, "cases could not be measured")
 
 
 def make_case(name: str, peers: dict, ours=lambda: torch.zeros(3)) -> Case:
