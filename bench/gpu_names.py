@@ -3,9 +3,6 @@ that does not load must cost a step, not the verdict."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 TILE_VARIABLE = "MOE_EXT_SM90_TILE"  # forces a tile: csrc/grouped_gemm/tile_choice.h
 CHOSEN_TILES = ("128x256", "128x128", "64x256")  # those that the cost model there takes
 TILES = (*CHOSEN_TILES, "128x256x2")
@@ -14,9 +11,3 @@ PRODUCTS = {tile: f"products-{tile}" for tile in TILES} | {CUTLASS_TILE: "produc
 LAYERS = {tile: f"layer-{tile}" for tile in TILES}
 SMOKE_PIECES = ("gates", "products-float32", *PRODUCTS.values(), *LAYERS.values(), "products-float16",
                 "layers-float32", "layers-bfloat16", "layers-float16")  # fmt: skip
-
-
-def find_tool(name: str, root: Path = Path("/usr/local")) -> str | None:
-    """A program of CUDA's toolkit, which is not always on the PATH."""
-    places = [path for folder in ("bin", "compute-sanitizer") for path in root.glob(f"cuda*/{folder}/{name}")]
-    return shutil.which(name) or next((str(path) for path in sorted(places) if path.is_file()), None)
