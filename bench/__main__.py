@@ -236,7 +236,7 @@ def measure(
         found.errors.append(line)
         save(found)
 
-    following, label = iter(measured), "the first case"
+    following, label = iter(measured), "the start"
     while True:
         with watch(f"what follows {label}", case_seconds, hangs):
             case = next(following, None)

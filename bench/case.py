@@ -164,10 +164,11 @@ def _compared(result: Tensor) -> Tensor:
 
 
 def _worst_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Infinite where they are not as many, or not of the same sizes."""
+    """Infinite where they are not as many, not of the same sizes, or not numbers."""
     if [x.shape for x in found] != [x.shape for x in expected]:
         return math.inf
-    return max((relative_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+    differences = [relative_difference(a, b) for a, b in zip(found, expected, strict=True)]
+    return math.inf if any(map(math.isnan, differences)) else max(differences, default=0.0)
 
 
 def first_line(error: BaseException) -> str:

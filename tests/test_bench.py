@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -250,6 +251,8 @@ def test_a_peer_that_differs_from_the_others_costs_itself_only():
     row = report.make_row(case, timings, {"same": 0.0}, {})
     assert row["differing_peers"] == ["wrong", "short"]
     assert "1 s (same; wrong differs; short differs)" in report.cells(row)
+    unequal = make_case("x", {"nan": lambda: (x, x * math.nan), "same": lambda: (x, x)}, lambda: (x, x))
+    assert list(unequal.check_peers()) == ["same"] and unequal.differing_peers == ["nan"]
     ours = make_case("x", {"one": x.clone, "other": x.clone}, lambda: x + 0.1)
     with pytest.raises(AssertionError, match=r"one differs from ours by 0.*; other differs .* no peer agrees"):
         ours.check_peers()
