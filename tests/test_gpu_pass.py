@@ -329,6 +329,7 @@ def test_products_run_on_a_tile_that_works(run_pass):
     assert "NOTE  tiles 128x256, 128x256x2 fail: tests, sanitizer and tables A and B run on 128x128" in run_pass.report
     checked = [command for command in asked if command[1] == "bench.gpu_smoke" and len(command) > 4]
     assert checked and not any("layer-128x256" in command for command in checked)
+    assert {command[-1] for command in checked} == {"128x128"}
 
 
 def test_without_a_tile_what_needs_none_comes_first(run_pass):
