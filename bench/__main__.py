@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import re
 import sys
 import time
@@ -40,8 +41,10 @@ from . import (
     tune_tiles,
     zero_computation,
 )
-from .case import Case, Cases, Context
+from .case import Case, Cases, Context, first_line
+from .gpu_names import TILE_VARIABLE
 from .timing import Timer
+from .watchdog import watch
 
 MODULES = (bench_experts, bench_grouped_gemm, bench_gating, bench_plan, bench_permutation, bench_lora, bench_all_to_all)
 TRAINING_STEPS = {"gpu": 300, "cpu": 200, "quick": 3}
@@ -75,6 +78,8 @@ def add_measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="at most this many rounds per case (default: 15)")
     parser.add_argument("--seconds", type=float, help="no further round of a case starts after so long (default: 2 on "
                         "a GPU, 1.5 on a CPU)")  # fmt: skip
+    parser.add_argument("--case-seconds", type=float, metavar="SECONDS", help="a case that takes longer hangs: what is "
+                        "measured is saved, the process ends (default: no limit)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON file (default: out)")
 
 
@@ -109,6 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     tiles_parser = commands.add_parser("tune-tiles", help="time every compiled sm_90a tile on the shapes of table B, "
                                        "say which is fastest and which the cost model chooses")  # fmt: skip
     add_measure_options(tiles_parser)
+    tiles_parser.add_argument("--tiles", nargs="+", metavar="TILE", help="only these (default: all)")
     bytes_parser = commands.add_parser("dispatch-bytes", help="what an all-to-all moves for published models, as "
                                        "Markdown; times are simulated from these inputs")  # fmt: skip
     bytes_parser.add_argument("--tokens", type=int, default=4096, help="of each rank (default: 4096)")
@@ -135,14 +141,21 @@ def train_router(context: Context) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - start, "losses": done[0].losses}
 
 
+def try_to_train(context: Context) -> dict[str, Any] | None:
+    """Without a trained router there is no routing "real"; the other rows are worth their time."""
+    try:
+        return train_router(context)
+    except Exception as error:
+        context.traces.clear()
+        context.errors.append(f"training a router: {first_line(error)}")
+        return None
+
+
 def cases(context: Context) -> Cases:
-    for module in MODULES:
-        if context.tables & set(module.TABLES):
-            yield from module.cases(context)
-    if "scaling" in context.tables:
-        yield from scaling.cases(context)
-    if zero_computation.TABLE in context.tables:
-        yield from zero_computation.cases(context)
+    asked = [(module, module.TABLES) for module in MODULES]
+    for module, tables in (*asked, (scaling, ("scaling",)), (zero_computation, (zero_computation.TABLE,))):
+        if context.tables & set(tables):
+            yield from context.attempt(module.__name__, module.cases(context))
 
 
 def device_of(options: argparse.Namespace) -> str:
@@ -196,9 +209,10 @@ class Measured:
     rows: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def exit_if_wrong(self) -> None:
-        if self.errors:
-            raise SystemExit(f"{len(self.errors)} cases could not be measured:\n" + "\n".join(self.errors))
+
+def exit_if_wrong(errors: list[str], what: str) -> None:
+    if errors:
+        raise SystemExit(f"{len(errors)} {what}:\n" + "\n".join(errors))
 
 
 def measure(
@@ -208,13 +222,26 @@ def measure(
     peers: list[str] | None,
     progress: Progress,
     save: Callable[[Measured], None],
+    errors: list[str] | None = None,
+    case_seconds: float | None = None,
 ) -> Measured:
     """Each case is made as it is reached: inputs of all would not fit memory. ``save`` is called after each, so that a
-    run that is ended early leaves what it measured."""
-    found = Measured()
+    run that is ended early, by a case that takes longer than ``case_seconds`` too, leaves what it measured. ``errors``
+    is where those are told that could not be made."""
+    found = Measured(errors=[] if errors is None else errors)
     task = progress.add_task("measuring", total=None)
     gc.freeze()  # imports alone are half a million objects, which each collection below would visit
-    for case in measured:
+
+    def hangs(line: str) -> None:
+        found.errors.append(line)
+        save(found)
+
+    following, label = iter(measured), "the start"
+    while True:
+        with watch(f"what follows {label}", case_seconds, hangs):
+            case = next(following, None)
+        if case is None:
+            return found
         if peers is not None:
             words = [word.lower() for word in peers]
             case.peers = {name: run for name, run in case.peers.items() if any(word in name.lower() for word in words)}
@@ -222,8 +249,9 @@ def measure(
         progress.update(task, description=label, advance=1)
         torch.set_num_threads(case.threads or about["threads"])
         try:
-            differences = case.check_peers()
-            timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
+            with watch(label, case_seconds, hangs):
+                differences = case.check_peers()
+                timings = timer.compare({"ours": case.ours, **case.peers, **case.ceilings})
             found.rows.append(report.make_row(case, timings, differences, about))
         except Exception as error:  # one case, maybe one peer of it: the others are worth their time
             found.errors.append(f"{label}: {type(error).__name__}: {str(error)[:500]}")
@@ -231,10 +259,15 @@ def measure(
         torch.set_num_threads(about["threads"])
         save(found)
         if found.errors and timer.device_is_lost():
-            break
+            return found
         del case
         gc.collect()
-    return found
+
+
+def forced_tile() -> dict[str, str]:
+    """A note for the result where the cost model's choice is overruled."""
+    tile = os.environ.get(TILE_VARIABLE)
+    return {"note": f"Every grouped product on sm_90a was forced to the tile {tile} ({TILE_VARIABLE})."} if tile else {}
 
 
 def run(options: argparse.Namespace) -> Path:
@@ -242,18 +275,22 @@ def run(options: argparse.Namespace) -> Path:
     context = make_context(options)
     torch.manual_seed(0)
     start, about = time.perf_counter(), machine.describe(context.device)
-    training = train_router(context) if "A" in context.tables and not (options.ops or options.shapes) else None
     timer = Timer(context.device, options.rounds, options.seconds or SECONDS_PER_CASE[context.profile])
     path = options.out / file_name(options, context, about)
+    training = None
 
     def save(found: Measured) -> None:
         extra = {"command": COMMAND, "profile": options.profile or context.profile, "errors": found.errors,
-                 "seconds": time.perf_counter() - start, "training": training}  # fmt: skip
+                 "seconds": time.perf_counter() - start, "training": training, **forced_tile()}  # fmt: skip
         report.write_json(path, about, found.rows, extra)
+
+    if "A" in context.tables and not (options.ops or options.shapes):
+        with watch("training a router", options.case_seconds, lambda line: save(Measured(errors=[line]))):
+            training = try_to_train(context)
 
     with Progress(*PROGRESS, transient=True) as progress:
         wanted = filter(lambda case: is_wanted(case, context, options), cases(context))
-        found = measure(wanted, timer, about, options.peers, progress, save)
+        found = measure(wanted, timer, about, options.peers, progress, save, context.errors, options.case_seconds)
         if "memory" in context.tables:
             progress.add_task("peak memory", total=None)
             context.weights.clear()
@@ -261,7 +298,7 @@ def run(options: argparse.Namespace) -> Path:
     save(found)
     report.print_tables(found.rows)
     print(f"{len(found.rows)} rows in {path}")
-    found.exit_if_wrong()
+    exit_if_wrong(found.errors, "cases could not be measured")
     return path
 
 
@@ -288,7 +325,7 @@ def run_shapes(options: argparse.Namespace) -> Path:
 
     with Progress(*PROGRESS, transient=True) as progress:
         measured = model_layers.cases(context, layers, options.tokens, backward=options.backward)
-        found = measure(measured, timer, about, options.peers, progress, save)
+        found = measure(measured, timer, about, options.peers, progress, save, context.errors, options.case_seconds)
     table = Table(
         "tokens", "dtype", "direction", "one layer", "all layers", "per token", "tokens/s", title="Expert layers alone"
     )
@@ -298,7 +335,7 @@ def run_shapes(options: argparse.Namespace) -> Path:
     report.print_tables(found.rows)
     Console().print(table)
     print(f"{len(found.rows)} rows in {path}")
-    found.exit_if_wrong()
+    exit_if_wrong(found.errors, "cases could not be measured")
     return path
 
 
@@ -307,13 +344,17 @@ def run_tuner(options: argparse.Namespace) -> Path:
     context = Context("cuda", "gpu", [DTYPES[name] for name in options.dtype or DEFAULT_DTYPES["gpu"]])
     if not torch.cuda.is_available():
         raise SystemExit("tune-tiles: no GPU: torch.cuda.is_available() is False")
-    timer = Timer("cuda", options.rounds, SECONDS_PER_CASE["gpu"])
-    tiles = tune_tiles.tune(context, timer.compare)
-    about = machine.describe("cuda")
+    timer, about = Timer("cuda", options.rounds, SECONDS_PER_CASE["gpu"]), machine.describe("cuda")
     path = options.out / f"{about['gpu'].lower().replace(' ', '-')}-tiles.json"
-    report.write_json(path, about, [], {"command": COMMAND, "tiles": tiles})
-    print("\n".join(report.tile_table(tiles)))
-    print(f"{len(tiles)} products in {path}")
+
+    def save(sweep: tune_tiles.Sweep) -> None:
+        report.write_json(path, about, [], {"command": COMMAND, "errors": sweep.errors, "tiles": sweep.rows})
+
+    sweep = tune_tiles.Sweep(save, product_seconds=options.case_seconds)
+    tune_tiles.tune(context, timer.compare, sweep, options.tiles)
+    print("\n".join(report.tile_table(sweep.rows)))
+    print(f"{len(sweep.rows)} products in {path}")
+    exit_if_wrong(sweep.errors, "tiles could not be timed on a product")
     return path
 
 
@@ -323,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.html.write_text(html_report.page(options.files))
         print(f"{len(options.files)} result files in {options.html}")
     elif options.subcommand == "report":
-        print(report.PREAMBLE + "\n".join(report.markdown(path) for path in options.files))
+        print(report.page(options.files))
     elif options.subcommand == "headline":
         text = headline.headline(options.files)
         headline.write_into(options.page, text) if options.page else print(text, end="")

@@ -38,9 +38,10 @@ def cases(context: Context) -> Cases:
     }
     for shape in shapes[context.profile]:
         for dtype in context.dtypes:
-            yield from rank_cases(context, shape, dtype)
+            label = f"all-to-all of {shape.name}"
+            yield from context.attempt(label, rank_cases(context, shape, dtype))
             for payload in ("native", "fp8"):
-                yield from row_cases(context, shape, dtype, payload)
+                yield from context.attempt(f"{label} {payload}", row_cases(context, shape, dtype, payload))
 
 
 def rank_cases(context: Context, shape: LayerShape, dtype: torch.dtype) -> Cases:

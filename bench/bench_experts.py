@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import moe_ext
 
-from .case import Case, Cases, Context, with_peak
+from .case import Case, Cases, Context, first_line, with_peak
 from .layers import Layer
 from .shapes import (
     CPU_DECODE,
@@ -48,7 +48,7 @@ def cases(context: Context) -> Cases:
     layers = layers_of(context)
     for dtype in context.dtypes:
         if "C" in context.tables and layers:
-            yield from activation_cases(context, layers[0], dtype)
+            yield from context.attempt("expert_activation", activation_cases(context, layers[0], dtype))
         for shape in decode_of(context) if "D" in context.tables else ():
             yield from layer_cases(context, shape, dtype, "uniform", "D", backward=context.full)
         for shape in layers if "A" in context.tables else ():
@@ -63,6 +63,13 @@ def cases(context: Context) -> Cases:
 
 
 def layer_cases(
+    context: Context, shape: LayerShape, dtype: torch.dtype, routing: str, table: str, *, backward: bool
+) -> Cases:
+    label = f"{table} {shape.name} T={shape.num_tokens} {routing}"
+    return context.attempt(label, _layer_cases(context, shape, dtype, routing, table, backward=backward))
+
+
+def _layer_cases(
     context: Context, shape: LayerShape, dtype: torch.dtype, routing: str, table: str, *, backward: bool
 ) -> Cases:
     layer = Layer(context, shape, dtype, routing)
@@ -129,7 +136,7 @@ def _graph_or_eager(name: str, run: Callable[[], Tensor], notes: dict[str, str])
         return run
     try:
         return graphed(run)
-    except RuntimeError as error:
-        notes[f"{name} (graph)"] = f"not capturable: {str(error).splitlines()[0]}"
+    except Exception as error:  # a RuntimeError, if it is torch that raises
+        notes[f"{name} (graph)"] = f"not capturable: {first_line(error)}"
         torch.cuda.synchronize()
         return run

@@ -77,7 +77,8 @@ def cases(context: Context) -> Cases:
     for num_tokens in TOKENS[context.profile]:
         for name, num_experts, topk in routers:
             logits = context.rows(num_tokens, num_experts, dtype=torch.float32)
-            yield from gate_cases(context, f"{name} T={num_tokens}", logits, topk)
+            label = f"{name} T={num_tokens}"
+            yield from context.attempt(f"gates of {label}", gate_cases(context, label, logits, topk))
 
 
 def gate_cases(context: Context, name: str, logits: Tensor, topk: int) -> Cases:

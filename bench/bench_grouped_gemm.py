@@ -32,7 +32,7 @@ def gemm_shapes(profile: str) -> list[tuple[str, int, int, int, int]]:
 def cases(context: Context) -> Cases:
     for name, groups, rows, n, k in gemm_shapes(context.profile):
         for dtype in context.dtypes:
-            yield from product_cases(context, name, groups, rows, n, k, dtype)
+            yield from context.attempt(f"B {name}", product_cases(context, name, groups, rows, n, k, dtype))
 
 
 def product_cases(context: Context, name: str, groups: int, rows: int, n: int, k: int, dtype: torch.dtype) -> Cases:

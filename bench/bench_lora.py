@@ -50,10 +50,10 @@ Contenders = dict[str, Callable[..., Tensor]]
 def cases(context: Context) -> Cases:
     for dtype in context.dtypes:
         if "C" in context.tables:
-            yield from rank_wise_cases(context, RANK_WISE[context.profile], dtype)
+            yield from context.attempt("rank-wise experts", rank_wise_cases(context, RANK_WISE[context.profile], dtype))
         if "A" in context.tables and context.shapes is None:
-            yield from linear_cases(context, LINEAR[context.profile], dtype)
-            yield from mlp_cases(context, MLP[context.profile], dtype)
+            yield from context.attempt("low-rank linear", linear_cases(context, LINEAR[context.profile], dtype))
+            yield from context.attempt("low-rank MLP", mlp_cases(context, MLP[context.profile], dtype))
 
 
 def rank_wise_cases(context: Context, shape: Shape, dtype: torch.dtype) -> Cases:

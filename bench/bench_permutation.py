@@ -22,7 +22,7 @@ def cases(context: Context) -> Cases:
     }
     for shape in shapes[context.profile]:
         for dtype in context.dtypes:
-            yield from row_cases(context, shape, dtype)
+            yield from context.attempt(f"permutation of {shape.name}", row_cases(context, shape, dtype))
 
 
 def row_cases(context: Context, shape: LayerShape, dtype: torch.dtype) -> Cases:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +38,7 @@ class Case:
     peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
     ceilings: dict[str, Callable[[], Any]] = field(default_factory=dict)
     skipped_peers: dict[str, str] = field(default_factory=dict)
+    differing_peers: list[str] = field(default_factory=list)  # of the skipped: who is wrong was not looked into
     flops: float = 0.0
     bytes: float = 0.0
     read_bytes: float = 0.0
@@ -43,32 +46,37 @@ class Case:
     threads: int | None = None  # None: all of them
 
     def check_peers(self) -> dict[str, float]:
-        """Relative difference of each peer's result from ours; raises if one computes something else.
+        """Relative difference of each peer's result from ours.
 
-        A peer that raises (another version of its library, no memory) is none: ``skipped_peers`` says why.
+        A peer that raises (another version of its library, no memory) or computes something else is none:
+        ``skipped_peers`` says why. Where all that ran differ it is ours that is wrong: raises AssertionError.
         """
         expected = [_compared(x) for x in _tensors(self.ours())]
         allowed = self.tolerance if self.tolerance is not None else TOLERANCE[self.dtype]
-        differences = {}
+        agreeing, differing = {}, {}
         for name, peer in list(self.peers.items()):
             try:
                 found = [_compared(x) for x in _tensors(peer())]
             except Exception as error:
-                del self.peers[name]
-                self.skipped_peers[name] = f"raised {first_line(error)}"
+                self._skip(name, f"raised {first_line(error)}")
                 continue
-            if len(found) != len(expected):
-                raise AssertionError(
-                    f"{self.op} {self.name}: {name} returns {len(found)} tensors, ours {len(expected)}"
-                )
-            worst = max((relative_difference(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
-            if not worst <= allowed:
-                raise AssertionError(
-                    f"{self.op} {self.name} {self.direction}: {name} differs from ours by {worst:.3g}, "
-                    f"allowed {allowed:.3g}"
-                )
-            differences[name] = worst
-        return differences
+            worst = _worst_difference(found, expected)
+            (agreeing if worst <= allowed else differing)[name] = worst
+        words = {name: f"differs from ours by {worst:.3g}, allowed {allowed:.3g}" for name, worst in differing.items()}
+        if differing and not agreeing:
+            told = "; ".join(f"{name} {text}" for name, text in words.items())
+            raise AssertionError(f"{self.op} {self.name} {self.direction}: {told}, and no peer agrees")
+        for name, text in words.items():
+            self._skip(name, text)
+        self.differing_peers = list(differing)
+        return agreeing
+
+    def _skip(self, name: str, why: str) -> None:
+        del self.peers[name]
+        self.skipped_peers[name] = why
+
+
+Cases = Iterator[Case]
 
 
 @dataclass
@@ -83,6 +91,15 @@ class Context:
     shapes: list[str] | None = None  # None: all
     traces: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[tuple[Any, ...], tuple[Tensor, ...]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)  # a line for each case that could not be made or measured
+
+    def attempt(self, label: str, cases: Cases) -> Cases:
+        """The cases up to one whose making raises (no memory, a peer's library): those after these go on."""
+        try:
+            yield from cases
+        except Exception as error:
+            self.errors.append(f"{label}: while a case was made: {first_line(error)[:500]}")
+            print(self.errors[-1], file=sys.stderr, flush=True)
 
     def wanted(self, layers: list[LayerShape]) -> list[LayerShape]:
         return [layer for layer in layers if self.shapes is None or layer.name in self.shapes]
@@ -126,9 +143,6 @@ class Context:
         return trace.repeat(repeats, 1)[: shape.num_tokens].to(self.device)
 
 
-Cases = Iterator[Case]
-
-
 def with_peak(
     context: Context, ceilings: dict[str, Callable[[], Any]], flops: float, dtype: torch.dtype
 ) -> dict[str, Callable[[], Any]]:
@@ -147,6 +161,14 @@ def _tensors(result: Any) -> list[Tensor]:
 def _compared(result: Tensor) -> Tensor:
     """What is kept of a result for the comparison: of gradients of many gigabytes every 16th expert."""
     return result[::16].clone() if result.dim() == 3 and result.numel() > 2**30 else result
+
+
+def _worst_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Infinite where they are not as many, not of the same sizes, or not numbers."""
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return math.inf
+    differences = [relative_difference(a, b) for a, b in zip(found, expected, strict=True)]
+    return math.inf if any(map(math.isnan, differences)) else max(differences, default=0.0)
 
 
 def first_line(error: BaseException) -> str:

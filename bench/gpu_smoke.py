@@ -17,6 +17,7 @@ from torch import Tensor
 
 import moe_ext
 
+from .gpu_names import LAYERS, PRODUCTS
 from .tune_tiles import forced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # tests run the pieces where there is no GPU
@@ -92,6 +93,8 @@ def where_wrong(actual: Tensor, expected: Tensor, tolerance: float) -> str:
     """A map of the rows and columns that differ: . right, n NaN, # wrong; the shape of a bug shows where it is."""
     actual, expected = actual.double().cpu().flatten(0, -2), expected.double().cpu().flatten(0, -2)
     wrong = ~((actual - expected).abs() <= tolerance * (expected.abs() + expected.std()))
+    if not wrong.any():
+        return f"no element is off by much, the largest difference is {(actual - expected).abs().max():.5g}"
     first = wrong.nonzero()[0].tolist()
     lines = [f"{int(wrong.sum())} of {wrong.numel()} wrong, first at {first}: {actual[tuple(first)]:.5g} instead of "
              f"{expected[tuple(first)]:.5g}; a character is {MAP_TILE}x{MAP_TILE}"]  # fmt: skip
@@ -157,13 +160,9 @@ def run_layers(dtype: torch.dtype) -> None:
 PIECES: dict[str, Callable[[], None]] = {
     "gates": run_all_gates,
     "products-float32": partial(run_products, torch.float32, None),
-    **{
-        f"{name}-{tile}": partial(run, torch.bfloat16, tile)
-        for name, run in (("products", run_products), ("layer", run_forced_layer))
-        for tile in ("128x256", "128x128", "64x256", "128x256x2")
-    },
+    **{piece: partial(run_products, torch.bfloat16, tile) for tile, piece in PRODUCTS.items()},
+    **{piece: partial(run_forced_layer, torch.bfloat16, tile) for tile, piece in LAYERS.items()},
     "products-float16": partial(run_products, torch.float16, "128x256"),
-    "products-cutlass": partial(run_products, torch.bfloat16, "cutlass_128x256"),
     **{f"layers-{str(dtype)[6:]}": partial(run_layers, dtype) for dtype in TOLERANCE},
 }
 

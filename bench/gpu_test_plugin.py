@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         write("broken", test=report.nodeid, text=report.longreprtext[-TEXT:])
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """A test is over when the device is done with it: what faults or hangs later would be blamed on the next one."""
+    yield
+    synchronize()
+
+
 def pytest_runtest_logstart(nodeid: str) -> None:
     write("start", test=nodeid)
 
@@ -81,20 +89,31 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         if error:
             os._exit(FAULT_STATUS)
     elif report.when == "call" or report.skipped:
-        write(report.outcome, test=report.nodeid, seconds=round(report.duration, 3))
+        write(report.outcome, test=report.nodeid, seconds=round(report.duration, 3), **reason_of(report))
 
 
 def pytest_sessionfinish() -> None:
     write("finished")
 
 
+def reason_of(report: pytest.TestReport) -> dict[str, str]:
+    """Why a test was skipped."""
+    if not report.skipped:
+        return {}
+    where = report.longrepr
+    return {"text": (where[2] if isinstance(where, tuple) else str(where)).removeprefix("Skipped: ")}
+
+
+def synchronize() -> None:
+    torch = sys.modules.get("torch")  # a test that fails before it imports torch has nothing to wait for
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def cuda_error() -> str:
     """What the device reports, empty if it is well."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return ""
     try:
-        torch.cuda.synchronize()
+        synchronize()
     except Exception as error:  # torch.AcceleratorError is a RuntimeError in some versions only
         return str(error).splitlines()[0]
     return ""

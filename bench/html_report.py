@@ -30,12 +30,13 @@ def page(paths: list[Path]) -> str:
         import matplotlib  # noqa: F401
     except ImportError:
         raise SystemExit("the page is drawn with matplotlib. Run: pip install 'moe_ext[bench]'") from None
-    sections = [section(path.name, json.loads(path.read_text())) for path in paths]
+    results = [json.loads(path.read_text()) for path in paths]
+    sections = [section(path.name, result) for path, result in zip(paths, results, strict=True)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><title>moe_ext benchmark</title>'
         f"<style>{STYLE}</style></head><body><h1>moe_ext benchmark</h1>"
-        f"<p>{html.escape(report.EXPLANATION.replace('`', ''))}</p>" + "\n".join(sections) + "</body></html>\n"
+        f"<p>{html.escape(report.explanation(results).replace('`', ''))}</p>" + "\n".join(sections) + "</body></html>\n"
     )
 
 

@@ -6,6 +6,8 @@ The gate is outside every contender; routing (sorting and permuting by expert) i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 import moe_ext
 
 from . import peers
-from .case import Context
+from .case import Context, first_line
 from .shapes import LayerShape
 
 # Peers that materialise [T * K, 2I, H] weights, or whose backward holds one weight gradient per expert and call.
@@ -36,6 +38,7 @@ class Layer:
         self.ids = context.topk_ids(shape, routing)
         self.arguments: tuple[Tensor, ...] = (hidden, weights, *experts)
         self.grad = context.rows(shape.num_tokens, shape.hidden_size, dtype=dtype, seed=4)
+        self._dense_rows: Tensor | None = None
         self.skipped: dict[str, str] = {}
         self.skipped_backward: dict[str, str] = {}
         self.contenders = {"ours": self._ours(), **self._peers(context, experts)}
@@ -80,7 +83,9 @@ class Layer:
         hidden, _, gate_up, down = self.arguments[:4]
         # [in, out] whatever the layout of the weights.
         up, back = (gate_up[0], down[0]) if self.shape.gpt_oss else (gate_up[0].T, down[0].T)
-        return lambda: (peers.dense_training if backward else peers.dense_ceiling)(hidden, self.shape.topk, up, back)
+        if self._dense_rows is None:  # not inside what is timed
+            self._dense_rows = hidden.repeat(self.shape.topk, 1)
+        return partial(peers.dense_training if backward else peers.dense_ceiling, self._dense_rows, up, back)
 
     def _ours(self) -> Callable[..., Tensor]:
         ids, num_experts = self.ids, self.shape.num_experts
@@ -100,13 +105,13 @@ class Layer:
         ids, wide_ids, shape = self.ids, self.ids.long(), self.shape
         pipeline = peers.grouped_mm_gpt_oss_layer if shape.gpt_oss else peers.grouped_mm_layer
         found: dict[str, Callable[..., Tensor]] = {"torch grouped_mm": lambda x, w, *e: pipeline(x, wide_ids, w, *e)}
-        for name, module in peers.transformers_experts(*experts).items():
+        for name, module in self._made("transformers", lambda: peers.transformers_experts(*experts)).items():
             if name.endswith("batched_mm") and self._batched_bytes() > BATCHED_LIMIT_BYTES:
                 self.skipped[name] = "gathers a copy of the weights for every slot: more than 2 GB"
                 continue
             found[name] = _with_parameters(module, wide_ids)
         if context.device == "cuda" and not shape.gpt_oss:
-            for name, forward in peers.liger_layer(*experts).items():
+            for name, forward in self._made("liger", lambda: peers.liger_layer(*experts)).items():
                 found[name] = lambda x, w, *_, f=forward: f(x, ids, w)
                 self.skipped_backward[name] = "its weights are no arguments"
         if shape.num_experts >= SLOW_BACKWARD_EXPERTS and "transformers eager" in found:
@@ -114,6 +119,14 @@ class Layer:
                 "its backward makes a gradient of all weights for every expert: up to minutes per call"
             )
         return found
+
+    def _made(self, library: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A library may be of another version, or fail where it is imported: the other peers are worth their time."""
+        try:
+            return make()
+        except Exception as error:
+            self.skipped[library] = f"raised {first_line(error)}"
+            return {}
 
     def _batched_bytes(self) -> float:
         slots = self.shape.num_tokens * self.shape.topk

@@ -32,8 +32,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout the benchmark runs from, with + where it has changes; None from a wheel."""
-    return _output_of("git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+")
+    """The commit of the checkout the benchmark runs from, with + where it has changes; None from a wheel.
+
+    MOE_EXT_COMMIT says it where the checkout has no history."""
+    return os.environ.get("MOE_EXT_COMMIT") or _output_of(
+        "git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"
+    )
 
 
 def _output_of(*command: str) -> str | None:
@@ -67,7 +71,24 @@ def describe(device: str) -> dict[str, Any]:
         info["gpu_state"] = _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     info["copy_bytes_per_second"] = copy_bandwidth(device)
     info["read_bytes_per_second"] = read_bandwidth(device)
+    if device == "cuda":  # after the bandwidths, with the clocks that work has raised
+        info["gpu_now"] = gpu_now(_output_of("nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE,PIDS") or "")
+        print(f"GPU before the benchmark: {info['gpu_now']}", flush=True)
     return info
+
+
+def gpu_now(seen: str) -> dict[str, Any] | None:
+    """SM clock, what holds it down and the other processes, from what nvidia-smi -q says; None without nvidia-smi.
+
+    Its words are read, not the fields of --query-gpu, whose names differ between drivers."""
+    pairs = [[part.strip() for part in line.split(" : ", 1)] for line in seen.splitlines() if " : " in line]
+    if not pairs:
+        return None
+    return {
+        "sm_clock": next((value for name, value in pairs if name == "SM"), None),  # the first one is the present one
+        "held_down_by": [name for name, value in pairs if value == "Active" and name != "Idle"],
+        "other_processes": [value for name, value in pairs if name == "Process ID" and value != str(os.getpid())],
+    }
 
 
 def spend_flops(flops: float, dtype: torch.dtype) -> None:

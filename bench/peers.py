@@ -59,19 +59,17 @@ def grouped_mm_gpt_oss_layer(
     return _combine(rows + down_bias[by_expert.experts], by_expert, hidden)
 
 
-def dense_ceiling(hidden: Tensor, topk: int, up: Tensor, down: Tensor) -> Tensor:
+def dense_ceiling(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Two products of the layer's FLOPs, with one expert's weights [in, out] and nothing around them."""
-    return (hidden.repeat(topk, 1) @ up)[:, : down.shape[0]] @ down
+    return (rows @ up)[:, : down.shape[0]] @ down
 
 
-def dense_training(hidden: Tensor, topk: int, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-    """The six products of a forward and backward of these FLOPs."""
-    rows = hidden.repeat(topk, 1)
+def dense_training(rows: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+    """The six products of a forward and backward of these FLOPs; what they compute is of no account."""
     both = rows @ up
     activated = both[:, : down.shape[0]]
     output = activated @ down
-    grad_both = torch.cat([output @ down.T] * 2, dim=1)
-    return grad_both @ up.T, rows.T @ grad_both, activated.T @ output
+    return output @ down.T, both @ up.T, rows.T @ both, activated.T @ output
 
 
 def transformers_experts(gate_up: Tensor, down: Tensor, *biases: Tensor) -> dict[str, torch.nn.Module]:

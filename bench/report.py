@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,7 @@ so above 1 is faster; every peer's result was compared with ours before it was t
 of a dense product of equal FLOPs and, on a CPU, of the peak (the same FLOPs as multiply-adds from register to
 register), or of the bandwidth of a copy, measured in the same run; for decode, of reading the weights that are used,
 once (on a CPU timed beside the contenders, round by round). Peak memory is what a forward and backward adds to inputs,
-weights and incoming gradient, each contender in a process of its own (`bench/memory.py`).
-No GPU has been measured yet."""
-PREAMBLE = f"""# Results
-
-Written by `python -m bench report bench/results/*.json`. Each file holds the machine, the versions, every peer's time,
-and what was skipped and why.
-
-{EXPLANATION}
-
-"""
+weights and incoming gradient, each contender in a process of its own (`bench/memory.py`)."""
 TABLES = {
     "A": "Layers",
     "B": "Grouped products",
@@ -76,6 +69,7 @@ def make_row(
         "peer_seconds": peers,
         "peer_difference": differences,
         "skipped_peers": case.skipped_peers,
+        **({"differing_peers": case.differing_peers} if case.differing_peers else {}),
         "best_peer": best,
         "speedup_over_best_peer": peers[best] / ours if best else None,
         "ceiling_seconds": {name: timings[name].median for name in case.ceilings},
@@ -115,9 +109,10 @@ def cells(row: dict[str, Any]) -> list[str]:
     text = bytes_text if is_memory else time_text
     ours, peers = (row["peak_bytes"], row["peer_peak_bytes"]) if is_memory else (row["seconds"], row["peer_seconds"])
     ratio = row["best_peer_over_ours"] if is_memory else row["speedup_over_best_peer"]
+    apart = "".join(f"; {name} differs" for name in row.get("differing_peers", ()))
     return [
         row["op"], row["shape"], row["dtype"], row["routing"], row["direction"], text(ours),
-        f"{text(peers[best])} ({best})" if best else "-", f"{ratio:.2f}x" if best else "-",
+        f"{text(peers[best])} ({best}{apart})" if best else "-", f"{ratio:.2f}x" if best else "-",
         bytes_text(row["gradient_bytes"]) if is_memory else ceiling_text(row),
     ]  # fmt: skip
 
@@ -155,33 +150,38 @@ def write_json(path: Path, machine: dict[str, Any], rows: list[dict[str, Any]], 
     text = json.dumps(result, indent=1)
     # Lists of numbers on one line each: samples would be most of the lines of the file.
     text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
-    written = path.with_suffix(".part")  # whole or not at all: the run may be killed
-    written.write_text(text + "\n")
-    written.replace(path)
+    with tempfile.TemporaryDirectory() as folder:  # of a folder of results only so many files may come back
+        written = Path(folder) / path.name
+        written.write_text(text + "\n")
+        try:
+            written.replace(path)  # whole or not at all: the run may be killed
+        except OSError:  # another file system
+            shutil.copyfile(written, path)
 
 
 def tile_summary(rows: list[dict[str, Any]]) -> str:
     right = sum(row["best"] == row["chosen"] for row in rows)
-    mean = sum(row["regret"] for row in rows) / max(len(rows), 1)
-    worst = max((row["regret"] for row in rows), default=0.0)
+    regrets = [row["regret"] for row in rows if row["regret"] is not None]
+    mean, worst = sum(regrets) / max(len(regrets), 1), max(regrets, default=0.0)
     return (f"The model chose the fastest tile for {right} of {len(rows)} products; "
             f"regret {100 * mean:.1f}% on average, {100 * worst:.1f}% at most.")  # fmt: skip
 
 
 def tile_table(rows: list[dict[str, Any]]) -> list[str]:
     """The choice table: a column for each tile, the fastest in bold, the model's choice with a star."""
-    tiles = list(rows[0]["seconds"]) if rows else []
+    tiles = list(dict.fromkeys(tile for row in rows for tile in row["seconds"]))
     lines = [tile_summary(rows), "",
              "| shape | direction | " + " | ".join(tiles) + " | TFLOP/s | regret |",
              "|---|---|" + "---|" * (len(tiles) + 2)]  # fmt: skip
     for row in rows:
         cells = []
         for tile in tiles:
-            text = time_text(row["seconds"][tile])
+            text = time_text(row["seconds"][tile]) if tile in row["seconds"] else "-"
             text = f"**{text}**" if tile == row["best"] else text
             cells.append(text + (" *" if tile == row["chosen"] else ""))
+        regret = "-" if row["regret"] is None else f"{100 * row['regret']:.1f}%"
         lines.append(f"| {row['shape']} | {row['direction']} | " + " | ".join(cells) +
-                     f" | {row['best_flops_per_second'] / 1e12:.0f} | {100 * row['regret']:.1f}% |")  # fmt: skip
+                     f" | {row['best_flops_per_second'] / 1e12:.0f} | {regret} |")  # fmt: skip
     return [*lines, ""]
 
 
@@ -191,6 +191,25 @@ def machine_text(machine: dict[str, Any]) -> str:
     rates = {name: machine.get(f"{name}_bytes_per_second") for name in ("copy", "read")}
     bandwidths = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if rate)
     return f"{where}; torch {machine['torch']}; commit {machine['commit']}; {bandwidths}"
+
+
+def explanation(results: list[dict[str, Any]]) -> str:
+    """What the figures of these result files mean."""
+    measured = any("gpu" in result["machine"] for result in results)
+    return EXPLANATION if measured else f"{EXPLANATION}\nNo GPU has been measured yet."
+
+
+def page(paths: list[Path]) -> str:
+    """Result files as a page of Markdown."""
+    text = explanation([json.loads(path.read_text()) for path in paths])
+    return f"""# Results
+
+Written by `python -m bench report bench/results/*.json`. Each file holds the machine, the versions, every peer's time,
+and what was skipped and why.
+
+{text}
+
+""" + "\n".join(map(markdown, paths))
 
 
 def markdown(path: Path) -> str:

@@ -24,7 +24,7 @@ def points(context: Context) -> list[tuple[LayerShape, int | None]]:
 def cases(context: Context) -> Cases:
     for dtype in context.dtypes:
         for shape, threads in points(context):
-            yield from point_cases(context, shape, dtype, threads)
+            yield from context.attempt(f"scaling {shape}", point_cases(context, shape, dtype, threads))
 
 
 def point_cases(context: Context, shape: LayerShape, dtype: torch.dtype, threads: int | None) -> Cases:

@@ -36,7 +36,7 @@ QWEN3_NEXT = LayerShape("qwen3-next", 32768, 2048, 512, 512, 10)
 DEEPSEEK_V3 = LayerShape("deepseek-v3", 8192, 7168, 2048, 256, 8)
 DEEPSEEK_V3_EP8 = LayerShape("deepseek-v3-ep8-slice", 8192, 7168, 2048, 32, 8)
 DEEPSEEK_V2_LITE = LayerShape("deepseek-v2-lite", 32768, 2048, 1408, 64, 6)
-GPT_OSS_20B = LayerShape("gpt-oss-20b", 16384, 2880, 2880, 32, 4)
+GPT_OSS_20B = LayerShape("gpt-oss-20b", 16384, 2880, 2880, 32, 4, gpt_oss=True)
 FINE_GRAINED = [
     LayerShape("fine-1024x128", 32768, 4096, 1024, 128, 8),
     LayerShape("fine-256x256", 32768, 4096, 256, 256, 16),

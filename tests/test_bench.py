@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import __main__ as bench
 from bench import layers, machine, memory, report, shapes
 from bench.case import Case, Context
-from bench.timing import Timer
+from bench.timing import Timer, Timing
+from bench.watchdog import HANG_STATUS
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,36 @@ def test_zero_computation_experts_stand_against_ffn_experts(tmp_path):
     )
 
 
+@pytest.mark.parametrize("gpt_oss", [False, True])
+def test_dense_ceiling_is_products_alone(gpt_oss):
+    shape = shapes.LayerShape("dense", 6, 16, 8, 4, 2, gpt_oss=gpt_oss)
+    layer = layers.Layer(Context("cpu", "quick", [torch.float32]), shape, torch.float32, "uniform")
+    seen, flops = [], 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal flops
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default:
+                flops += 2 * args[0].numel() * args[1].shape[1]
+            elif not func.is_view:
+                seen.append(func)
+            return result
+
+    for backward, times in ((False, 1), (True, 3)):
+        run, flops = layer.dense(backward=backward), 0
+        with Watch():
+            run()
+        assert not seen and flops == times * shape.forward_flops
+
+
+def test_gpt_oss_has_its_own_experts():
+    listed = [*shapes.GPU_LAYERS, *shapes.CPU_FULL_LAYERS]
+    assert {shape.name: shape.gpt_oss for shape in listed if "gpt-oss" in shape.name} == {
+        "gpt-oss-20b": True, "gpt-oss-half": True,
+    }  # fmt: skip
+
+
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="needs Linux' /proc")
 def test_memory_counts_what_was_touched():
     layer = shapes.LayerShape("memory", 64, 256, 512, 8, 2)
@@ -203,4 +235,77 @@ def test_a_case_that_raises_costs_itself_only(monkeypatch):
                                  lambda found: saved.append(len(found.rows)))  # fmt: skip
     assert [row["name"] for row in found.rows] == ["first", "third"] and saved == [1, 1, 2]
     with pytest.raises(SystemExit, match=r"op second forward: AssertionError: .*peer differs"):
-        found.exit_if_wrong()
+        bench.exit_if_wrong(found.errors, "cases could not be measured")
+
+
+def make_case(name: str, peers: dict, ours=lambda: torch.zeros(3)) -> Case:
+    return Case("op", "A", name, torch.float32, "uniform", "forward", ours, peers)
+
+
+def test_a_peer_that_differs_from_the_others_costs_itself_only():
+    x = torch.randn(8)
+    case = make_case("x", {"same": x.clone, "wrong": lambda: x + 0.1, "short": lambda: x[:4]}, lambda: x)
+    assert case.check_peers() == {"same": 0.0} and list(case.peers) == ["same"]
+    assert case.skipped_peers["wrong"].startswith("differs from ours by 0.") and "inf" in case.skipped_peers["short"]
+    timings = {name: Timing(1.0, 1.0, 1, (1.0,)) for name in ("ours", "same")}
+    row = report.make_row(case, timings, {"same": 0.0}, {})
+    assert row["differing_peers"] == ["wrong", "short"]
+    assert "1 s (same; wrong differs; short differs)" in report.cells(row)
+    unequal = make_case("x", {"nan": lambda: (x, x * math.nan), "same": lambda: (x, x)}, lambda: (x, x))
+    assert list(unequal.check_peers()) == ["same"] and unequal.differing_peers == ["nan"]
+    ours = make_case("x", {"one": x.clone, "other": x.clone}, lambda: x + 0.1)
+    with pytest.raises(AssertionError, match=r"one differs from ours by 0.*; other differs .* no peer agrees"):
+        ours.check_peers()
+
+
+def test_a_case_that_cannot_be_made_costs_itself_only(monkeypatch, tmp_path, capsys):
+    """One shape of one module, a whole module: the rest is measured, the JSON tells what is missing."""
+    torch.use_deterministic_algorithms(False)
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+        yield
+
+    monkeypatch.setattr(bench.bench_lora, "rank_wise_cases", no_memory)
+    monkeypatch.setattr(bench.bench_plan, "cases", no_memory)
+    arguments = ["--profile", "quick", "--tables", "C", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2 cases could not be measured"):
+        bench.run(bench.parse(arguments))
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    assert [line.split(":")[0] for line in result["errors"]] == ["bench.bench_plan", "rank-wise experts"]
+    assert all(line.endswith("OutOfMemoryError: CUDA out of memory") for line in result["errors"])
+    assert {"topk_gating", "permute", "a2a_pack"} <= {row["op"] for row in result["rows"]}
+
+
+def test_a_library_that_cannot_be_imported_is_a_skipped_peer(monkeypatch):
+    def broken(*_):
+        raise ValueError("another version")
+
+    monkeypatch.setattr(layers.peers, "transformers_experts", broken)
+    layer = layers.Layer(Context("cpu", "quick", [torch.float32]), shapes.TINY_LAYERS[0], torch.float32, "uniform")
+    assert layer.skipped == {"transformers": "raised ValueError: another version"}
+    assert set(layer.contenders) == {"ours", "torch grouped_mm"}
+
+
+HANGING = """
+import json, sys, time, torch
+from bench import __main__ as bench
+from bench.case import Case
+from bench.timing import Timer
+def case(name, ours):
+    return Case("op", "A", name, torch.float32, "uniform", "forward", ours)
+def save(found):
+    print(json.dumps([len(found.rows), found.errors]), flush=True)
+cases = [case("good", lambda: torch.zeros(3)), case("stuck", lambda: time.sleep(60)), case("late", lambda: 1 / 0)]
+about = {"threads": 1, "copy_bytes_per_second": 1.0}
+with bench.Progress(disable=True) as progress:
+    bench.measure(iter(cases), Timer("cpu", 1, 0.0), about, None, progress, save, case_seconds=2.0)
+"""
+
+
+def test_a_case_that_hangs_ends_the_process_and_is_told():
+    child = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=50)
+    assert child.returncode == HANG_STATUS, child.stderr
+    *_, last = map(json.loads, child.stdout.splitlines())
+    assert last == [1, ["op stuck forward: hang: not done after 2 s"]]
+    assert "time.sleep" not in child.stdout and "Thread" in child.stderr  # where each thread was

@@ -2,12 +2,13 @@
 
 Dry runs, for machines without a GPU: MOE_EXT_GPU_TESTS_ON=cpu runs them on the CPU, graphs and all, with stand-ins for
 torch.cuda (tests/cuda_stand_in.py); MOE_EXT_GPU_TESTS_ON=fake-cuda on tensors that say they are on a GPU, so that a
-tensor left on the CPU shows (tests/fake_cuda.py).
+tensor left on the CPU shows (tests/fake_cuda.py). MOE_EXT_PER_FUNCTION=n keeps n parameters of each test.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         elif item.get_closest_marker("cpu"):
             item.add_marker(pytest.mark.skip(reason="marked cpu: runs in tests/"))
+    if "MOE_EXT_PER_FUNCTION" in os.environ:
+        kept = some_of_each(here, int(os.environ["MOE_EXT_PER_FUNCTION"]))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     # What compiles takes longest: last, where a time limit costs least.
     items.sort(key=lambda item: "compile" in item.path.name)
+
+
+def some_of_each(items: list[pytest.Item], number: int) -> set[pytest.Item]:
+    """Of every function that many, spread over its parameters from the first to the last."""
+    functions = defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("skip"):
+            functions[item.nodeid.split("[")[0]].append(item)
+    return {
+        parameters[round(i * (len(parameters) - 1) / max(number - 1, 1))]
+        for parameters in functions.values()
+        for i in range(number)
+    }
 
 
 @pytest.fixture
