@@ -17,10 +17,10 @@ def find_compiler() -> str:
     return compiler
 
 
-def compile_library(program: str, include: Path, folder: Path) -> ctypes.CDLL:
-    """`program` with `include` on its path, compiled in `folder`."""
+def compile_library(program: str, include: Path, folder: Path, *further: str) -> ctypes.CDLL:
+    """`program` with `include` on its path, compiled in `folder` with `further` options."""
     (folder / "program.cpp").write_text(program)
     library = folder / "program.so"
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{include}"]
-    subprocess.run([find_compiler(), *options, "program.cpp", "-o", str(library)], cwd=folder, check=True)
+    subprocess.run([find_compiler(), *options, "program.cpp", "-o", str(library), *further], cwd=folder, check=True)
     return ctypes.CDLL(str(library))

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "poison.h"
 
 namespace moe_ext {
 
@@ -43,7 +44,12 @@ inline Tensor make_tensor(const Tensor& like, std::initializer_list<int64_t> siz
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                          strides.data(), type, device_type, device_index, &made));
-  return Tensor(made);
+  Tensor tensor(made);
+  if (poisons_memory() && tensor.is_cpu()) {
+    poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size(),
+           tensor.scalar_type());
+  }
+  return tensor;
 }
 
 }  // namespace moe_ext
