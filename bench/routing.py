@@ -19,6 +19,8 @@ def make_topk_ids(
     dtype: torch.dtype = torch.int32,
 ) -> Tensor:
     """[num_tokens, topk] expert ids; distinct in each row wherever enough experts take part."""
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing: expected one of {', '.join(ROUTINGS)}, got {routing!r}")
     generator = torch.Generator().manual_seed(seed)
     if routing == "one_hot":
         ids = torch.arange(topk).expand(num_tokens, topk) % num_experts

@@ -32,6 +32,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / norm).item() if norm > 0 else actual.norm().item()
 
 
+def element_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest of an element's error over its size and the root mean square of all: one wrong among many shows."""
+    actual, expected = to_float64(actual).double(), to_float64(expected).double()
+    if expected.numel() == 0:
+        return 0.0
+    scale = expected.abs() + expected.square().mean().sqrt()
+    return ((actual - expected).abs() / scale.clamp_min(torch.finfo(torch.float64).tiny)).max().item()
+
+
 # What fp32 accumulation may cost where plain torch happens to be exact.
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -65,7 +74,7 @@ def assert_matches_reference(
     """``op`` against ``reference`` in float64, values and (with ``grads``) gradients.
 
     Integer and bool outputs must be equal. The error of a floating output may be twice that of the reference run in
-    the dtype of the inputs, or FLOOR of that dtype, whichever is larger.
+    the dtype of the inputs, or FLOOR of that dtype, whichever is larger; so may, eight times over, that of each element.
     """
     actual = run(op, args, grads)
     wide = run(reference, [widened(a) for a in args], None if grads is None else [widened(g) for g in grads])
@@ -78,6 +87,8 @@ def assert_matches_reference(
             continue
         error, allowed = relative_error(got, exact), max(2 * relative_error(at_dtype, exact), lowest)
         assert error <= allowed, f"result {index}: relative error {error:.3g}, allowed {allowed:.3g}"
+        worst = element_error(got, exact)
+        assert worst <= 8 * allowed, f"result {index}: an element is off by {worst:.3g}, allowed {8 * allowed:.3g}"
 
 
 def assert_deterministic(op: Callable[..., Any], args: Sequence[Any], grads: Sequence[Tensor] | None = None) -> None:

@@ -11,6 +11,9 @@ import torch
 from expert_parallel_cases import make_two_levels
 from rank_pool import RankPool
 
+# Read by the op libraries when they first allocate; torch's own filling does not reach that memory on the CPU.
+os.environ["MOE_EXT_POISON"] = "1"
+
 
 @pytest.fixture
 def device() -> str:

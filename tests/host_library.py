@@ -20,21 +20,17 @@ def find_compiler() -> str:
     return compiler
 
 
-def compile_library(program: str, include: Path, folder: Path) -> ctypes.CDLL:
-    """`program` with `include` on its path, compiled in `folder`."""
-    return _compile(program, folder, "-std=c++17", f"-I{include}")
+def compile_library(program: str, include: Path, folder: Path, *further: str) -> ctypes.CDLL:
+    """`program` with `include` on its path, compiled in `folder` with `further` options."""
+    (folder / "program.cpp").write_text(program)
+    library = folder / "program.so"
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{include}"]
+    subprocess.run([find_compiler(), *options, "program.cpp", "-o", str(library), *further], cwd=folder, check=True)
+    return ctypes.CDLL(str(library))
 
 
 def compile_emulated(program: str, include: Path, folder: Path) -> ctypes.CDLL:
     """Likewise, with the emulator of tests/emulation for what it has of CUDA."""
     paths = [f"-I{path}" for path in (EMULATION, *include_paths())]
     emulator = str(EMULATION / "cuda_emulator.cpp")
-    return _compile(program, folder, "-std=c++20", f"-I{include}", "-w", "-DMOE_EXT_EMULATED", *paths, emulator)
-
-
-def _compile(program: str, folder: Path, *options: str) -> ctypes.CDLL:
-    (folder / "program.cpp").write_text(program)
-    library = folder / "program.so"
-    command = [find_compiler(), "-O2", "-shared", "-fPIC", "program.cpp", *options, "-o", str(library)]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(library))
+    return compile_library(program, include, folder, "-std=c++20", "-w", "-DMOE_EXT_EMULATED", *paths, emulator)

@@ -12,6 +12,7 @@ import moe_ext
 from cases import make_rows, make_topk_ids, make_topk_weights
 
 NUM_EXPERTS, TOPK, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_RANKS = 6, 2, 16, 12, 3
+LORA_RANK, LORA_OUT = 3, 10
 
 
 class OpCall(NamedTuple):
@@ -95,7 +96,13 @@ def make_call(name: str, num_tokens: int, device: str, dtype: torch.dtype = torc
         ),
         "low_rank_experts": OpCall(
             lambda x, i, w, a, b: moe_ext.low_rank_experts(x, a, b, i, w),
-            (hidden, ids, weights, rows(NUM_EXPERTS, 3, HIDDEN_SIZE, seed=7), rows(NUM_EXPERTS, 3, 10, seed=8)),
+            (
+                hidden,
+                ids,
+                weights,
+                rows(NUM_EXPERTS, LORA_RANK, HIDDEN_SIZE, seed=7),
+                rows(NUM_EXPERTS, LORA_RANK, LORA_OUT, seed=8),
+            ),
             3,
         ),
         "moe_mlp": OpCall(mlp, (hidden, weights, *maps, plan.expert_offsets, up, down), 4),
@@ -119,8 +126,15 @@ OPS = [
 ]  # fmt: skip
 
 
-def run_with_grads(run: Callable[..., Tensor | tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Outputs, then the gradient of every input that has one, under incoming gradients that differ in every place."""
+def run_with_grads(
+    run: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    place: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> list[Tensor]:
+    """Outputs, then the gradient of every input that has one, under incoming gradients that differ in every place.
+
+    ``place`` says where in memory an incoming gradient lies.
+    """
     outputs = run(*inputs)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     reached = [x for x in outputs if x.requires_grad]
@@ -128,7 +142,7 @@ def run_with_grads(run: Callable[..., Tensor | tuple[Tensor, ...]], inputs: tupl
     if not reached:
         return list(outputs)
     incoming = [
-        torch.linspace(-1, 2, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)
+        place(torch.linspace(-1, 2, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape))
         for x in reached
     ]
     grads = torch.autograd.grad(reached, leaves, incoming, allow_unused=True)

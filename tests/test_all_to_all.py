@@ -167,7 +167,7 @@ def test_pack_every_slot_alone(device):
 def test_pack_rows_past_the_caches(payload, hidden_size, device):
     """16 MiB of rows and more are streamed; their ends are no multiple of a vector or whole cache lines, and some hold
     no token."""
-    ids = make_topk_ids(2100, 8, 2, device)
+    ids = make_topk_ids(2100, 8, 2, "uniform", device)
     offsets = torch.tensor([0, 5, 8], dtype=torch.int32, device=device)
     plan = moe_ext.a2a_plan(ids, offsets)
     hidden = make_rows(2100, hidden_size, dtype=torch.float32, device=device)

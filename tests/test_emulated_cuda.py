@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU by tests/emulation, through the tests of their family.
+"""The CUDA kernels, compiled for the CPU by tests/emulation, through the tests of their family and on misaligned tensors.
 
 Covers every .cu file and the sm_90a products. What CUTLASS makes is not run: on sm_80 plain loops stand in for it, over
 the same problem arrays. What it cannot show: races between blocks, anything about speed.
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Family -> every how many of its tests run; co-prime to the numbers of parameters, so that all values occur.
 FAMILIES = {
     "gating": 1, "gating_knobs": 1, "router_losses": 1, "plan": 1, "permutation": 1, "grouped_gemm": 7, "small_rows": 1,
-    "experts": 7, "lora": 1, "all_to_all": 1,
+    "experts": 7, "lora": 1, "all_to_all": 1, "misaligned": 1,
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_family(family, emulated_library):
 
 
 @pytest.mark.parametrize("capability, tile", [("80", "128x128"), ("90", "128x128"), ("90", "128x256x2")])
-@pytest.mark.parametrize("family", ["grouped_gemm", "experts"])
+@pytest.mark.parametrize("family", ["grouped_gemm", "experts", "misaligned"])
 def test_family_on_tensor_cores(family, capability, tile, emulated_library):
     """The same with the sm_90a products in the place of the portable kernels; on sm_80, what chooses CUTLASS's kernels,
     fills their arrays and zeroes what they leave out."""

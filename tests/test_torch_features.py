@@ -198,6 +198,15 @@ def test_autocast_leaves_router_and_weights_alone(dtype, device):
     assert_equal(plain, again)
 
 
+def test_which_devices_have_autocast_is_not_asked_by_ops(device, monkeypatch):
+    """Dynamo of torch 2.11 cannot trace that question."""
+    call = make_call("grouped_gemm", 9, device)
+    with torch.autocast(device, torch.bfloat16):
+        monkeypatch.delattr(torch.amp, "is_autocast_available")
+        assert call.run(*call.inputs).dtype == torch.bfloat16
+        monkeypatch.undo()
+
+
 def test_every_op_has_a_call():
     missing = [name for name in moe_ext.__all__ if hasattr(torch.ops.moe_ext, name) and name not in OPS]
     assert not missing, f"tests/op_calls.py has no call of {missing}"

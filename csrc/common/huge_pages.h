@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "checks.h"
+#include "poison.h"
 #include "tensors.h"
 
 #ifdef __linux__
@@ -108,6 +109,7 @@ inline void* allocate_on_huge_pages(size_t bytes) {
   bytes = (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
   void* const data = std::aligned_alloc(kHugePageBytes, bytes);
   if (data) madvise(data, bytes, MADV_HUGEPAGE);  // a wish
+  if (data && poisons_memory()) poison(data, bytes, ScalarType::Byte);
   return data;
 }
 
@@ -136,6 +138,7 @@ inline Tensor new_empty_large(const Tensor& like, std::initializer_list<int64_t>
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes >= kLargeBytes) {
     if (const LargeBuffer buffer = LargeBuffers::instance().take(bytes); buffer.data) {
+      if (poisons_memory()) poison(buffer.data, bytes, type);
       std::vector<int64_t> strides(sizes.size(), 1);
       for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes.begin()[axis];
       return torch::stable::from_blob(buffer.data, {sizes.begin(), sizes.size()}, strides, like.device(), type,

@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "poison.h"
 
 namespace moe_ext {
 
@@ -33,17 +35,22 @@ inline Tensor make_tensor(const Tensor& like, std::initializer_list<int64_t> siz
     strides[axis - 1] = strides[axis] * std::max<int64_t>(1, sizes.begin()[axis]);
   }
   int32_t device_type, device_index, type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   if (dtype) {
     type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
   }
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.data(), type, device_type, device_index, &made));
-  return Tensor(made);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+                                                  type, device_type, device_index, &made));
+  Tensor tensor(made);
+  if (poisons_memory() && tensor.is_cpu()) {
+    poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size(),
+           tensor.scalar_type());
+  }
+  return tensor;
 }
 
 }  // namespace moe_ext

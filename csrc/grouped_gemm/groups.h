@@ -28,7 +28,6 @@ inline const char* transposed_layout(const std::string& weight_layout) {
   return weight_layout == "enk" ? "ekn" : "enk";
 }
 
-// Returns the number of experts.
 // One entry per expert; null trains all.
 inline void check_trainable_experts(const std::optional<Tensor>& trainable_experts, int64_t num_experts,
                                     const Tensor& rows, const char* rows_name) {
@@ -38,6 +37,7 @@ inline void check_trainable_experts(const std::optional<Tensor>& trainable_exper
   check_same_device(*trainable_experts, "trainable_experts", rows, rows_name);
 }
 
+// Returns the number of experts.
 inline int64_t check_expert_offsets(const Tensor& expert_offsets, const Tensor& rows, const char* rows_name) {
   check_tensor(expert_offsets, "expert_offsets", {ScalarType::Int}, 1, "[num_experts + 1]");
   MOE_CHECK(expert_offsets.size(0) >= 2, "expert_offsets: expected at least 2 entries (num_experts + 1), got ",

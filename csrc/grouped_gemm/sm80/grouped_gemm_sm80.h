@@ -1,5 +1,5 @@
 // The sm_80 grouped GEMM: CUTLASS 2.x GemmGrouped, persistent, cp.async, scheduled on the device from device sizes.
-// Serves every GPU that is not sm_90, later ones through compute_80 PTX. Operands as in sm90/grouped_gemm_sm90.h.
+// Serves every GPU that is not sm_90, later ones through compute_80 PTX. Operands as in sm90/cutlass_grouped_gemm.h.
 // Bound: tensor cores for large groups, weight reads for small ones.
 #pragma once
 

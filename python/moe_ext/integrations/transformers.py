@@ -14,6 +14,7 @@ products around the module's own code, and say so once.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from moe_ext.plan_types import RoutingPlan
 from moe_ext.reference.activation import activate
 
 NAME = "moe_ext"
+OLDEST_TRANSFORMERS = (5, 7)
 
 # Attributes that hold the numbers of a clamped SwiGLU: gpt-oss's names, also those of DeepSeek-V4, then MiniMax-M3's.
 _ALPHAS = ("alpha", "swiglu_alpha")
@@ -49,12 +51,15 @@ def register() -> None:
     """Make ``"moe_ext"`` known to transformers; calling it again changes nothing.
 
     Raises:
-        ImportError: transformers is missing, or older than 5 (it has no interface for experts).
+        ImportError: transformers is missing, or older than 5.7 (it takes no experts implementation but its own).
     """
     try:
+        from transformers import __version__
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
-        raise ImportError("transformers 5 or later is needed: pip install 'transformers>=5'") from error
+        raise ImportError("transformers 5.7 or later is needed: pip install 'transformers>=5.7'") from error
+    if tuple(int(part) for part in __version__.split(".")[:2]) < OLDEST_TRANSFORMERS:
+        raise ImportError(f"transformers 5.7 or later is needed, found {__version__}: pip install 'transformers>=5.7'")
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
@@ -78,7 +83,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     weights = top_k_weights.reshape(ids.shape).to(torch.promote_types(up.dtype, torch.float32))
     plan = routing_plan(ids, up.shape[0])
     layout = "ekn" if experts.is_transposed else "enk"
-    activation = fused_activation(experts)
+    compiling = torch.compiler.is_dynamo_compiling()
+    activation = _activation_of_module_at(id(experts)) if compiling else fused_activation(experts)
     if activation is not None:
         output = moe_mlp(
             rows,
@@ -100,6 +106,14 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 @torch.compiler.assume_constant_result
+def _activation_of_module_at(address: int) -> Activation | None:
+    """fused_activation, as a constant of the graph.
+
+    Dynamo of torch 2.11 hands no module to such a function, but guards on its id; who compiles holds the module.
+    """
+    return fused_activation(ctypes.cast(address, ctypes.py_object).value)
+
+
 def fused_activation(experts: Any) -> Activation | None:
     """The activation of :func:`moe_ext.moe_mlp` that equals the module's own, or None if there is none.
 
@@ -109,11 +123,11 @@ def fused_activation(experts: Any) -> Activation | None:
     cached: tuple[Any, Activation | None] | None = experts.__dict__.get(_CACHE)
     if cached is not None and cached[0] is function:
         return cached[1]
-    found = None if experts.has_post_expert_norm else _find_activation(experts)
+    found = None if _normalises_output(experts) else _find_activation(experts)
     experts.__dict__[_CACHE] = (function, found)
     if found is None:
         reason = "its activation is not one of moe_ext's"
-        if experts.has_post_expert_norm:
+        if _normalises_output(experts):
             reason = "it normalises each expert's output"
         # Python shows a warning of one text from one place once: one line per class of experts.
         warnings.warn(f"{type(experts).__name__}: {reason}; two grouped products run it, without fusion", stacklevel=2)
@@ -126,6 +140,10 @@ def _parameters(experts: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | N
     if not experts.has_bias:
         return up, None, down, None
     return up, _local(getattr(experts, f"{name}_bias")), down, _local(experts.down_proj_bias)
+
+
+def _normalises_output(experts: Any) -> bool:
+    return bool(getattr(experts, "has_post_expert_norm", False))  # not yet known to transformers 5.17
 
 
 def _local(parameter: Any) -> Tensor:
@@ -147,7 +165,7 @@ def _in_pieces(
     product = grouped_gemm(rows, up, plan.expert_offsets, weight_layout=layout, bias=up_bias, gather=gather)
     activated = experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
     output = grouped_gemm(activated.to(rows.dtype), down, plan.expert_offsets, weight_layout=layout, bias=down_bias)
-    if experts.has_post_expert_norm:
+    if _normalises_output(experts):
         output = experts.post_expert_norm(output).to(output.dtype)
     return unpermute(output, *gather, weights)
 

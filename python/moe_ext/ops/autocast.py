@@ -12,6 +12,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+# Asked once: Dynamo of torch 2.11 cannot trace torch.amp.is_autocast_available.
+_WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")))
+
 
 @overload
 def cast_for_product(factor: Tensor) -> Tensor: ...
@@ -29,10 +32,10 @@ def cast_for_product(factor: Tensor | None) -> Tensor | None:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
     """Inside, autocast is off for the tensor's device; nothing on a device that has none (meta)."""
     device_type = tensor.device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in _WITH_AUTOCAST:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _is_on(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
