@@ -28,11 +28,11 @@ if torch.cuda.is_available():
     pytest.skip("there is a GPU: run tests/gpu itself", allow_module_level=True)
 
 
-ON_CPU = "capture or expert_parallel or graph_replay"
-# Those whose files make no sense there, and single tests: CUDA's autocast and profiler need a GPU, and past_the_caches
-# makes its ids on the CPU whatever the device.
+ON_CPU = "capture or expert_parallel or graph_replay or threads"
+# Those whose files make no sense there, and single tests: CUDA's autocast and profiler need a GPU, and only CUDA kernels
+# refuse misaligned rows.
 NOT_ON_FAKES = f"{ON_CPU} or gpu_large or compile or features or mistakes or sharded or test_autocast or " \
-               "frozen_weights_cost or past_the_caches"  # fmt: skip
+               "frozen_weights_cost or (misaligned and a2a_unpack_rows)"  # fmt: skip
 
 
 # How many parameters of each test run: those that tests/ has too are only to be collected and to find their fixtures.

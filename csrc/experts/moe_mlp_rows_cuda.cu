@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads, width == 1 ? 4 : 0) mlp_rows_kernel(
       const Packed grad = gradient[column];
       float value[width];
       GateUpVector<width> derivative;
-      evaluate<mode, scalar_t>(problem.activation, load_gate_up<mode>(source, column, problem.row_vectors), value, derivative);
+      evaluate<mode, scalar_t>(problem.activation, load_gate_up<mode>(source, column, problem.row_vectors), value,
+                               derivative);
       Packed scaled;
 #pragma unroll
       for (int i = 0; i < width; ++i) {

@@ -1,0 +1,1 @@
+from test_misaligned import *  # noqa: F403
