@@ -18,7 +18,7 @@ SHAPES = [
     (70, 64, 40, 48, 1, 8),
     (19, 24, 32, 5, 6, 2),
     (9, 1040, 552, 3, 4, 2),
-    (150, 200, 136, 3, 5, 2),  # tokens enough for copies of the weights on the CPU
+    (150, 530, 280, 3, 5, 2),  # tokens enough for copies of the weights on the CPU
 ]
 
 

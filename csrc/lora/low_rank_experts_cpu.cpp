@@ -1,8 +1,8 @@
 // Tokens are taken kTokenBlock at a time, and of those kSlab columns at a time: the slab of the weights' rows stays in
-// L1 or L2 while the block's tokens pick theirs. Where tokens use a row often enough the slabs are copied in the type
-// of the sums. Only the picked rows are multiplied, one load for each multiply-add, which is what a core can do of
-// both: a masked product of all E r rows multiplies E / K times as much, and sorted rows have to be written and added
-// up.
+// L1 or L2 while the block's tokens pick theirs. Where tokens use a row often enough the slabs are copied, in the type
+// of the sums or, for dot products of bfloat16 where the machine multiplies them, as they are. Only the picked rows are
+// multiplied, one load for each multiply-add, which is what a core can do of both: a masked product of all E r rows
+// multiplies E / K times as much, and sorted rows have to be written and added up.
 #include "low_rank_experts.h"
 
 #include <torch/csrc/stable/library.h>
@@ -15,143 +15,15 @@
 #include "../common/cpu_parallel.h"
 #include "../common/host_device.h"
 #include "../common/tensors.h"
+#include "../grouped_gemm/cpu/multiply_tile.h"
 #include "../grouped_gemm/groups.h"
+#include "projection_cpu.h"
 
 namespace moe_ext::cpu {
 namespace {
 
-constexpr int64_t kTokenBlock = 64;
-constexpr int64_t kSlab = 128;
 // From so many uses of a row of the weights on it pays to copy them.
 constexpr int64_t kUsesPerCopy = 32;
-// Sixteen (of float64 eight) independent partial sums: one vector, and an order that does not depend on threads.
-constexpr int64_t kLaneBytes = 64;
-template <typename T>
-struct LanesOf {
-  typedef T type __attribute__((vector_size(kLaneBytes)));
-};
-template <typename T>
-using Lanes = typename LanesOf<T>::type;
-template <typename acc_t>
-constexpr int64_t kLanes = kLaneBytes / static_cast<int64_t>(sizeof(acc_t));
-
-template <typename acc_t, typename scalar_t>
-MOE_HOST_DEVICE_INLINE void load_lanes(const scalar_t* source, Lanes<acc_t>& lanes) {
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    std::memcpy(&lanes, source, sizeof(lanes));
-  } else if constexpr (std::is_same_v<scalar_t, BFloat16>) {
-    uint16_t halves __attribute__((vector_size(kLaneBytes / 2)));
-    std::memcpy(&halves, source, sizeof(halves));
-    const auto words = __builtin_convertvector(halves, Lanes<uint32_t>) << 16;
-    std::memcpy(&lanes, &words, sizeof(lanes));
-  } else {
-    acc_t values[kLanes<acc_t>];
-    for (int64_t l = 0; l < kLanes<acc_t>; ++l) values[l] = static_cast<acc_t>(source[l]);
-    std::memcpy(&lanes, values, sizeof(lanes));
-  }
-}
-
-// The sum of all lanes, halves on halves.
-template <typename acc_t>
-MOE_HOST_DEVICE_INLINE acc_t fold(const Lanes<acc_t>& lanes) {
-  acc_t values[kLanes<acc_t>];
-  std::memcpy(values, &lanes, sizeof(lanes));
-  for (int64_t half = kLanes<acc_t> / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) values[l] += values[l + half];
-  }
-  return values[0];
-}
-
-// totals[i] += the sum of all lanes of sums[i], four at once.
-template <typename acc_t>
-MOE_HOST_DEVICE_INLINE void fold_four(const Lanes<acc_t>* sums, acc_t* totals) {
-  if constexpr (kLanes<acc_t> == 16) {
-    Lanes<acc_t> a, b, quarters;
-    const auto add_halves = [](const Lanes<acc_t>& first, const Lanes<acc_t>& second, Lanes<acc_t>& out) {
-      out = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-            __builtin_shufflevector(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    };
-    add_halves(sums[0], sums[1], a);
-    add_halves(sums[2], sums[3], b);
-    quarters = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    quarters += __builtin_shufflevector(quarters, quarters, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    quarters += __builtin_shufflevector(quarters, quarters, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    for (int i = 0; i < 4; ++i) totals[i] += quarters[4 * i];
-  } else {
-    for (int i = 0; i < 4; ++i) totals[i] += fold<acc_t>(sums[i]);
-  }
-}
-
-// Rows that tokens pick from: [E * r, width] as it lies, or a copy in the type of the sums, slab after slab of kSlab
-// columns. Rows of a slab are adjacent there: rows a power of two apart would fall on the same lines of L1.
-template <typename weight_t>
-struct WeightRows {
-  const weight_t* data;
-  int64_t row_stride, column_stride;
-
-  const weight_t* slab(int64_t first_column) const { return data + first_column * column_stride; }
-};
-
-// The rows that a block of tokens picks: those of token t are picked[first[t]] ... picked[first[t + 1] - 1].
-template <typename acc_t>
-struct Picks {
-  int64_t tokens;
-  int64_t first[kTokenBlock + 1];
-  std::vector<int64_t> rows;
-  std::vector<acc_t> dots, factors;
-};
-
-// dots[i] += weights' row picked[i] . x
-template <int count, typename weight_t, typename acc_t>
-MOE_HOST_DEVICE_INLINE void add_dots(const acc_t* x, const WeightRows<weight_t>& weights, const weight_t* slab,
-                                     const int64_t* picked, int64_t columns, acc_t* dots) {
-  constexpr int64_t kStep = kLanes<acc_t>;
-  const weight_t* rows[count];
-  for (int i = 0; i < count; ++i) rows[i] = slab + picked[i] * weights.row_stride;
-  Lanes<acc_t> sums[count] = {};
-  int64_t c = 0;
-  for (; c + kStep <= columns; c += kStep) {
-    Lanes<acc_t> mine, row;
-    load_lanes<acc_t>(x + c, mine);
-    for (int i = 0; i < count; ++i) {
-      load_lanes<acc_t>(rows[i] + c, row);
-      sums[i] += mine * row;
-    }
-  }
-  if constexpr (count == 4) {
-    fold_four<acc_t>(sums, dots);
-  } else {
-    for (int i = 0; i < count; ++i) dots[i] += fold<acc_t>(sums[i]);
-  }
-  for (; c < columns; ++c) {
-    for (int i = 0; i < count; ++i) dots[i] += x[c] * static_cast<acc_t>(rows[i][c]);
-  }
-}
-
-// Dot products of a block's tokens, over one slab of columns of x [tokens, width].
-template <typename scalar_t, typename weight_t>
-MOE_CPU_CLONES void project_slab(const scalar_t* x, int64_t width, const WeightRows<weight_t>& weights, int64_t first,
-                                 int64_t columns, Picks<accumulate_t<scalar_t>>& picks) {
-  using acc_t = accumulate_t<scalar_t>;
-  const weight_t* slab = weights.slab(first);
-  acc_t wide[kSlab];
-  for (int64_t t = 0; t < picks.tokens; ++t) {
-    const scalar_t* narrow = x + t * width + first;
-    const acc_t* row = wide;
-    if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      row = narrow;
-    } else {
-      for (int64_t c = 0; c < columns; ++c) wide[c] = static_cast<acc_t>(narrow[c]);
-    }
-    int64_t i = picks.first[t];
-    const int64_t end = picks.first[t + 1];
-    const int64_t* rows = picks.rows.data();
-    acc_t* dots = picks.dots.data();
-    for (; i + 4 <= end; i += 4) add_dots<4>(row, weights, slab, rows + i, columns, dots + i);
-    for (; i < end; ++i) add_dots<1>(row, weights, slab, rows + i, columns, dots + i);
-  }
-}
 
 // sums[c ...] = the picked rows times their factors, `vectors` vectors from column c on.
 template <int vectors, typename weight_t, typename acc_t>
@@ -271,19 +143,20 @@ class Chosen {
   const acc_t* weights_;
 };
 
-// weight [num_rows, width] slab after slab, for WeightRows; columns beyond the width are left as they are.
-template <typename scalar_t>
-Tensor copy_slabs(const Tensor& weight, int64_t num_rows, int64_t width) {
-  using acc_t = accumulate_t<scalar_t>;
-  const int64_t slabs = (width + kSlab - 1) / kSlab;
-  Tensor copy = make_tensor(weight, {slabs, num_rows, kSlab}, router_dtype(weight.scalar_type()));
+// weight [num_rows, width] in `type`, slab after slab of `columns` columns; zero beyond the width.
+template <typename scalar_t, typename copy_t>
+Tensor copy_slabs(const Tensor& weight, int64_t num_rows, int64_t width, int64_t slab_columns, ScalarType type) {
+  const int64_t slabs = (width + slab_columns - 1) / slab_columns;
+  Tensor copy = make_tensor(weight, {slabs, num_rows, slab_columns}, type);
   const auto* from = weight.const_data_ptr<scalar_t>();
-  auto* to = copy.mutable_data_ptr<acc_t>();
-  parallel_rows(slabs, num_rows * kSlab * static_cast<int64_t>(sizeof(acc_t)), [&](int64_t begin, int64_t end) {
+  auto* to = copy.mutable_data_ptr<copy_t>();
+  parallel_rows(slabs, num_rows * slab_columns * static_cast<int64_t>(sizeof(copy_t)), [&](int64_t begin, int64_t end) {
     for (int64_t slab = begin; slab < end; ++slab) {
-      const int64_t first = slab * kSlab, columns = std::min(kSlab, width - first);
+      const int64_t first = slab * slab_columns, columns = std::min(slab_columns, width - first);
       for (int64_t row = 0; row < num_rows; ++row) {
-        convert(from + row * width + first, columns, to + (slab * num_rows + row) * kSlab);
+        copy_t* copied = to + (slab * num_rows + row) * slab_columns;
+        convert(from + row * width + first, columns, copied);
+        std::fill(copied + columns, copied + slab_columns, copy_t(0));
       }
     }
   });
@@ -292,11 +165,11 @@ Tensor copy_slabs(const Tensor& weight, int64_t num_rows, int64_t width) {
 
 // projection [T, K * r] = the dot products of x [T, H] with the chosen rows of down [E * r, H], zero where none is
 // chosen; output [T, O], unless null, = the sum of the chosen rows of up [E * r, O], each times its dot product and its
-// weight.
-template <typename scalar_t, typename weight_t>
+// weight. project(x of a block of tokens, picks) adds to the block's dot products.
+template <typename scalar_t, typename weight_t, typename Project>
 void project_and_expand(const LowRankShape& shape, const Chosen<scalar_t>& chosen, const scalar_t* x,
-                        const WeightRows<weight_t>& down, const WeightRows<weight_t>& up,
-                        accumulate_t<scalar_t>* projection, scalar_t* output) {
+                        const Project& project, const WeightRows<weight_t>& up, accumulate_t<scalar_t>* projection,
+                        scalar_t* output) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t components = shape.components();
   const int64_t bytes_per_token =
@@ -322,10 +195,7 @@ void project_and_expand(const LowRankShape& shape, const Chosen<scalar_t>& chose
       }
       picks.first[picks.tokens] = count;
       std::fill(picks.dots.begin(), picks.dots.begin() + count, acc_t(0));
-      for (int64_t first = 0; first < shape.in_features; first += kSlab) {
-        const int64_t columns = std::min(kSlab, shape.in_features - first);
-        project_slab(x + block * shape.in_features, shape.in_features, down, first, columns, picks);
-      }
+      project(x + block * shape.in_features, picks);
       acc_t* kept = projection + block * components;
       for (int64_t slot = 0, at = 0; slot < picks.tokens * shape.topk; ++slot) {
         const bool held = chosen.held(block * shape.topk + slot);
@@ -344,17 +214,33 @@ void project_and_expand(const LowRankShape& shape, const Chosen<scalar_t>& chose
 template <typename scalar_t>
 void project_and_expand(const LowRankShape& shape, const Chosen<scalar_t>& chosen, const scalar_t* x,
                         const Tensor& down, const Tensor& up, accumulate_t<scalar_t>* projection, scalar_t* output) {
-  if (shape.num_tokens * shape.topk < kUsesPerCopy * shape.num_experts) {
-    const WeightRows<scalar_t> from = {down.const_data_ptr<scalar_t>(), shape.in_features, 1};
-    const WeightRows<scalar_t> to = {up.const_data_ptr<scalar_t>(), shape.out_features, 1};
-    return project_and_expand(shape, chosen, x, from, to, projection, output);
-  }
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t num_rows = shape.num_experts * shape.rank;
-  const Tensor from = copy_slabs<scalar_t>(down, num_rows, shape.in_features);
-  const Tensor to = copy_slabs<scalar_t>(up, output ? num_rows : 0, shape.out_features);
-  project_and_expand(shape, chosen, x, WeightRows<acc_t>{from.const_data_ptr<acc_t>(), kSlab, num_rows},
-                     WeightRows<acc_t>{to.const_data_ptr<acc_t>(), kSlab, num_rows}, projection, output);
+  const int64_t num_rows = shape.num_experts * shape.rank, width = shape.in_features;
+  if (shape.num_tokens * shape.topk < kUsesPerCopy * shape.num_experts) {
+    const WeightRows<scalar_t> from = {down.const_data_ptr<scalar_t>(), width, 1};
+    const WeightRows<scalar_t> to = {up.const_data_ptr<scalar_t>(), shape.out_features, 1};
+    const auto in_place = [&](const scalar_t* block, Picks<acc_t>& picks) { project(block, width, from, picks); };
+    return project_and_expand(shape, chosen, x, in_place, to, projection, output);
+  }
+  const ScalarType wide = router_dtype(down.scalar_type());
+  const Tensor expanded = copy_slabs<scalar_t, acc_t>(up, output ? num_rows : 0, shape.out_features, kSlab, wide);
+  const WeightRows<acc_t> to = {expanded.const_data_ptr<acc_t>(), kSlab, num_rows};
+#ifdef MOE_EXT_PAIRS
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+    if (choose_kernels(down.scalar_type(), down.scalar_type()).elements_per_unit == 2) {
+      const Tensor copy = copy_slabs<scalar_t, scalar_t>(down, num_rows, width, kPairSlab, down.scalar_type());
+      const WeightRows<scalar_t> from = {copy.const_data_ptr<scalar_t>(), kPairSlab, num_rows};
+      const auto in_pairs = [&](const scalar_t* block, Picks<acc_t>& picks) {
+        project_pairs(block, width, from, picks);
+      };
+      return project_and_expand(shape, chosen, x, in_pairs, to, projection, output);
+    }
+  }
+#endif
+  const Tensor copy = copy_slabs<scalar_t, acc_t>(down, num_rows, width, kSlab, wide);
+  const WeightRows<acc_t> from = {copy.const_data_ptr<acc_t>(), kSlab, num_rows};
+  const auto in_slabs = [&](const scalar_t* block, Picks<acc_t>& picks) { project(block, width, from, picks); };
+  project_and_expand(shape, chosen, x, in_slabs, to, projection, output);
 }
 
 // grad_weight [E * r, width]: row e * r + i is the sum over e's slots of weight[slot] * factor[slot, i] * rows[token],
