@@ -155,8 +155,11 @@ def test_products_keep_the_tensor_cores_busy(code_of_kernels):
         assert order[start + 1 : start + 6] == ["HGMMA"] * 4 + ["WARPGROUP.DEPBAR"], f"{name}: {order}"
         assert order.count("HGMMA") == 4, f"{name}: the main loop was unrolled or repeated"
         assert "UTMALDG" in sass and "LDGSTS" in sass and "ARRIVES.LDGSTSBAR" in sass, name
+        assert ("STSM" in sass) == ("EfLNS0" not in name), f"{name}: 16-bit results leave by stmatrix"
         in_clusters = "ELi4ELi2ELNS0_6Finish" in name  # stages, cluster
         assert (".MULTICAST" in sass, sass.count("UCGABAR_WAIT")) == (in_clusters, 2 * in_clusters), name
+        # Fences of the whole GPU only where the cluster meets, never in the loop.
+        assert sass.count("MEMBAR.ALL.GPU") == 2 * in_clusters, name
 
 
 def test_products_keep_to_the_registers_of_their_role(code_of_kernels, resources):

@@ -125,7 +125,12 @@ inline size_t bytes_of_element(ScalarType dtype) {
 
 #else
 
-inline void* allocate_on_huge_pages(size_t bytes) { return std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096); }
+inline void* allocate_on_huge_pages(size_t bytes) {
+  bytes = (bytes + 4095) / 4096 * 4096;
+  void* const data = std::aligned_alloc(4096, bytes);
+  if (data && poisons_memory()) poison(data, bytes, ScalarType::Byte);
+  return data;
+}
 
 #endif
 

@@ -21,6 +21,7 @@ inline bool poisons_memory() {
 
 // All bits set is NaN in every floating dtype.
 inline void poison(void* data, size_t bytes, ScalarType dtype) {
+  if (bytes == 0) return;
   std::memset(data, 0xff, bytes);
   const size_t size = dtype == ScalarType::Int ? 4 : dtype == ScalarType::Long ? 8 : 0;
   if (!size) return;

@@ -84,13 +84,13 @@ inline ActivationSpec check_activation(const std::string& activation, const std:
   return spec;
 }
 
-// Of a function on the device, in float. kHalf, for what is rounded to 16 bits next: within (|x| + 8) * 2^-24 of the
-// value, in half the instructions.
-enum class Precision { kFull, kHalf };
+// Of a function on the device, in float. k16Bits, for what is rounded to 16 bits next: sigmoid(x) within
+// (1.3 |x| + 8) * 2^-24 of its value, in half the instructions.
+enum class Precision { kFull, k16Bits };
 
 template <typename scalar_t>
 constexpr Precision precision_for() {
-  return sizeof(scalar_t) == 2 ? Precision::kHalf : Precision::kFull;
+  return sizeof(scalar_t) == 2 ? Precision::k16Bits : Precision::kFull;
 }
 
 // On the device zero below -87, and the reciprocal within 1 ulp: a division in full is a branch and a call, of which an
@@ -99,7 +99,7 @@ template <Precision precision = Precision::kFull, typename T>
 MOE_HOST_DEVICE_INLINE T sigmoid(T x) {
 #ifdef __CUDA_ARCH__
   if constexpr (std::is_same_v<T, float>) {
-    return reciprocal_at_least_1(1.f + (precision == Precision::kHalf ? fast_exp(-x) : exp_of(-x)));
+    return reciprocal_at_least_1(1.f + (precision == Precision::k16Bits ? fast_exp(-x) : exp_of(-x)));
   }
 #endif
   return T(1) / (T(1) + exp_of(-x));

@@ -120,7 +120,7 @@ __device__ void dispatch_on_device(Activation kind, Body&& body) {
   }
 }
 
-// value = activation(x); derivative = its derivatives to gate and up (plain: gate only); both on their way to scalar_t.
+// value = activation(x); derivative = its derivatives to gate and up (plain: gate only); as exact as scalar_t is.
 template <RowMode mode, typename scalar_t, int width>
 __device__ void evaluate(const DeviceActivation& activation, const GateUpVector<width>& x, float (&value)[width],
                          GateUpVector<width>& derivative) {

@@ -266,11 +266,12 @@ void multiply(const Wgmma& shared_part, float* const (&accumulators)[32], int wa
 }
 
 // One block's copy of a load: the barrier and the memory are that block's.
-void load_later(const TensorMap& map, Barrier* barrier, char* shared, int32_t x, int32_t y, int32_t z) {
+void load_later(const TensorMap& map, Barrier* barrier, char* shared, unsigned rank, int32_t x, int32_t y, int32_t z) {
   require_fenced(shared, box_bytes(map), "a TMA load overwrites what");
   std::memset(shared, kPoison, box_bytes(map));
   BarrierState& s = barrier_state(barrier);
-  moe_emulator::deliver_later([map, &s, shared, x, y, z] {
+  moe_emulator::deliver_later([map, &s, shared, rank, x, y, z] {
+    if (moe_emulator::block_ended(rank)) fail("a TMA load lands in a block that has ended");
     const int32_t corner[3] = {x, y, z};
     for_each_chunk(map, shared, corner, [](char* place, const char* source, int64_t bytes) {
       std::memset(place, 0, 16);
@@ -367,7 +368,8 @@ void tma_load_to_cluster(const TensorMap& map, Barrier* barrier, void* shared, u
                          int32_t z) {
   check_buffer(map, shared);
   for (unsigned rank = 0; ranks >> rank; ++rank) {
-    if (ranks >> rank & 1) load_later(map, at_rank(barrier, rank), at_rank(static_cast<char*>(shared), rank), x, y, z);
+    if (ranks >> rank & 1)
+      load_later(map, at_rank(barrier, rank), at_rank(static_cast<char*>(shared), rank), rank, x, y, z);
   }
 }
 void tma_store(const TensorMap& map, const void* shared, int32_t x, int32_t y, int32_t z) {

@@ -22,17 +22,22 @@ inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline int multiprocessor_count(const Tensor&) { return 3; }
 
 template <typename... Parameters, typename... Arguments>
-void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   Arguments&&... arguments) {
-  moe_emulator::require_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-  moe_emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
-}
-
-template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
                      cudaStream_t, Arguments&&... arguments) {
   moe_emulator::require_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   moe_emulator::run_grid(grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); }, cluster);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  launch_clusters(kernel, grid, block, 1, shared_bytes, stream, arguments...);
+}
+// One kernel ends before the next one starts.
+template <typename... Parameters, typename... Arguments>
+void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                       Arguments&&... arguments) {
+  launch_clusters(kernel, grid, block, 1, shared_bytes, stream, arguments...);
 }
 
 template <typename... Parameters>

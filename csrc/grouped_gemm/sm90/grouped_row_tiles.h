@@ -1,4 +1,5 @@
-// The tiles of one block of the persistent kernels. tests/test_tile_scheduler.py runs this very code, emulated.
+// The tiles of one block, or cluster, of the persistent kernels. tests/test_tile_scheduler.py runs this very code,
+// emulated.
 #pragma once
 
 #include "../../common/cuda_launch.h"
@@ -67,19 +68,31 @@ class GroupedRowTiles {
  private:
   static constexpr unsigned kAllLanes = 0xffffffffu;
 
-  // Lane l: the rows of expert first_expert_ + l, and where its tiles end.
+  // Read anew each time: what the scan asks of a lane known from the start is kept, and spilled, all through the
+  // kernel.
+  __device__ static int own_lane() {
+#ifdef MOE_EXT_EMULATED
+    return threadIdx.x % kWarpSize;
+#else
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+#endif
+  }
+
+  // Lane l: the rows of expert first_expert_ + l, and where its tiles end. Row tiles fit 32 bits, tiles may not.
   __device__ void count() {
-    const int lane = threadIdx.x % kWarpSize;
+    const int lane = own_lane();
     RowRange rows = {0, 0};
     if (first_expert_ + lane < num_experts_) {
       rows = rows_of_expert(expert_offsets_, first_expert_ + lane, max_rows_);
     }
     rows_begin_ = static_cast<int32_t>(rows.begin);
     rows_end_ = static_cast<int32_t>(rows.end);
-    int64_t row_tiles = ceil_div(rows.end - rows.begin, block_rows_);
+    auto row_tiles = static_cast<int32_t>(ceil_div(rows.end - rows.begin, block_rows_));
 #pragma unroll
     for (int offset = 1; offset < kWarpSize; offset *= 2) {
-      const int64_t below = __shfl_up_sync(kAllLanes, row_tiles, offset);
+      const int32_t below = __shfl_up_sync(kAllLanes, row_tiles, offset);
       if (lane >= offset) row_tiles += below;
     }
     end_ = row_tiles * column_tiles_;

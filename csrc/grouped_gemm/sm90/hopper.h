@@ -29,18 +29,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 __device__ inline void barrier_init(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to TMA; a block barrier must follow.
+// Makes initialised barriers visible to TMA; a barrier of the block or cluster must follow.
 __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ inline void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// At the barrier in the same place of a block of the cluster.
+// At the barrier in the same place of a block of the cluster. Says that memory has been read, not written: a release to
+// the cluster would be a fence of the whole GPU.
 __device__ inline void barrier_arrive_at(Barrier* barrier, unsigned rank) {
   asm volatile(
       "{\n\t"
       ".reg .b32 there;\n\t"
       "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -68,9 +69,9 @@ __device__ inline void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// All threads of all blocks of the cluster meet. Orders no memory by itself: barrier_init_fence does for barriers.
+// All threads of all blocks of the cluster meet; what they did before, arrivals at each other's barriers too, is done.
 __device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // What this thread wrote to shared memory, and what it has seen other threads' copies arrive with at a barrier, becomes

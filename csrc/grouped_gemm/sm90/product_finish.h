@@ -87,10 +87,6 @@ __device__ void write_piece(char* buffer, const float (&accumulators)[count], in
   }
 }
 
-// From a row of a piece that a thread takes to its next one: they are all swizzled alike.
-constexpr int kRowStride = kWarpgroup / kRowChunks;
-static_assert(kRowStride % 8 == 0);
-
 // The first `rows` (of less than kPieceRows) rows and `columns` columns of a written buffer to `output`, 16 bytes per
 // thread at a time.
 template <typename Output>
@@ -102,10 +98,10 @@ __device__ void copy_rows(const char* buffer, Output* output, int64_t leading, i
   const char* source = buffer + swizzled(first_row, chunk * 16);
   output += first_row * leading + chunk * kChunkElements;
 #pragma unroll 1
-  for (int row = first_row; row < rows; row += kRowStride) {
+  for (int row = first_row; row < rows; row += kRowsAtOnce) {
     store_global_16(output, load_shared_16(source));
-    source += kRowStride * kRowBytes;
-    output += kRowStride * leading;
+    source += kRowsAtOnce * kRowBytes;
+    output += kRowsAtOnce * leading;
   }
 }
 
@@ -149,12 +145,12 @@ __device__ void store_product(const ProductArguments& arguments, const Work& wor
   for (int first = 0; first < Config::kWarpgroupColumns; first += kRowBytes / static_cast<int>(sizeof(Output))) {
     const int64_t column = work.column + self.first_column + first, columns = arguments.columns - column;
     if (columns <= 0) break;
-    char* buffer = staging.open();
     if constexpr (sizeof(Output) == 2) {
       if (const Output* bias = bias_of<Output>(arguments, work.expert * arguments.columns + column)) {
         add_bias(accumulators, first, self.thread, bias, columns);
       }
     }
+    char* buffer = staging.open();
     write_piece<Output>(buffer, accumulators, first, self.thread);
     staging.written();
     store_piece<Config>(arguments, {row, rows, column, columns, 0}, work.expert, arguments.columns, buffer,
@@ -205,11 +201,14 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
   for (int pair = 0; pair < Config::kWarpgroupColumns / 128; ++pair) {
     const int64_t column = work.column + (kPairs ? self.first_column / 2 + pair * 64 : self.first_column + pair * 128);
     if (column >= arguments.columns) break;
+    const auto piece_of = [&](int buffer) -> Piece {
+      const int64_t first = kPairs ? column : column + buffer * 64;
+      return {row, rows, first, arguments.columns - first, kPairs ? buffer : 0};
+    };
     staging.open_both();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Piece piece = {row, rows, kPairs ? column : column + i * 64,
-                           arguments.columns - (kPairs ? column : column + i * 64), kPairs ? i : 0};
+      const Piece piece = piece_of(i);
       const int first = kPairs ? i * Config::kWarpgroupColumns / 2 + pair * 64 : pair * 128 + i * 64;
       const int64_t bias_column = work.expert * width + piece.half * arguments.columns + piece.column;
       if (const Element* bias = bias_of<Element>(arguments, bias_column)) {
@@ -221,8 +220,7 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
     if (arguments.output) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const Piece piece = {row, rows, kPairs ? column : column + i * 64,
-                             arguments.columns - (kPairs ? column : column + i * 64), kPairs ? i : 0};
+        const Piece piece = piece_of(i);
         if (piece.columns > 0) {
           store_piece<Config>(arguments, piece, work.expert, width, staging.buffer(i), self.thread);
         }
@@ -235,18 +233,17 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
     for (int buffer = 0; buffer < kBuffers; ++buffer) {
       const int64_t out_column = (kInterleaved ? column / 2 : column) + buffer * 64 + chunk * 8;
       if (out_column >= out_width) break;
-      const char* source = staging.buffer(kInterleaved ? chunk / 4 : buffer) +
-                           swizzled(first_row, kInterleaved ? chunk % 4 * 32 : chunk * 16);
+      const int place = swizzled(first_row, kInterleaved ? chunk % 4 * 32 : chunk * 16);
+      const int beside = swizzled(first_row, chunk % 4 * 32 + 16) - place;  // interleaved: the second of two chunks
+      const char* source = staging.buffer(kInterleaved ? chunk / 4 : buffer) + place;
       Element* target = static_cast<Element*>(arguments.activated) + (row + first_row) * out_width + out_column;
 #pragma unroll 1
-      for (int r = first_row; r < end_row; r += kRowStride) {
+      for (int r = first_row; r < end_row; r += kRowsAtOnce) {
         cuda::GateUpVector<8> x;
         if constexpr (kInterleaved) {
           float both[16];
           unpack<Element>(load_shared_16(source), both);
-          // The chunk beside it, whatever the swizzle made of the pair.
-          unpack<Element>(load_shared_16(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(source) ^ 16)),
-                          both + 8);
+          unpack<Element>(load_shared_16(source + beside), both + 8);
 #pragma unroll
           for (int e = 0; e < 8; ++e) x.gate[e] = both[2 * e], x.up[e] = both[2 * e + 1];
         } else {
@@ -257,8 +254,8 @@ __device__ void store_activated(const ProductArguments& arguments, const Work& w
         cuda::GateUpVector<8> derivative;
         cuda::evaluate<kMode, Element>(arguments.activation, x, value, derivative);
         store_global_16(target, packed<Element>(value));
-        source += kRowStride * kRowBytes;
-        target += kRowStride * out_width;
+        source += kRowsAtOnce * kRowBytes;
+        target += kRowsAtOnce * out_width;
       }
     }
   }
@@ -276,8 +273,9 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
   constexpr int kBuffers = 2, kBufferColumns = kRowBytes / static_cast<int>(sizeof(Element));
   static_assert(!Config::kSplitsColumns, "one warpgroup must own a row's partial dot product");
   static_assert(Config::kWarpgroupColumns == kBuffers * kBufferColumns);
+  static_assert(Config::kColumns == kDifferentiatedColumns, "by which partial_dots is allocated");
   constexpr int kParts = Config::kMode == cuda::RowMode::kPlain ? 1 : 2;
-  constexpr int kThreadRows = kPieceRows / kRowStride;
+  constexpr int kThreadRows = kPieceRows / kRowsAtOnce;
   constexpr int kWarpRows = kWarpSize / kRowChunks;  // next to each other
   const Differentiation& to = arguments.differentiation;
   const int64_t row = int64_t{work.row} + self.first_row, rows = work.row_end - row;
@@ -301,13 +299,13 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
     }
     return ahead;
   };
-  Ahead next = load(first_row), after_next = load(first_row + kRowStride);
+  Ahead next = load(first_row), after_next = load(first_row + kRowsAtOnce);
 
   // Lane l looks after the slot of the warp's row l % kWarpRows of its thread row l / kWarpRows.
   static_assert(kWarpRows * kThreadRows <= kWarpSize);
   const int lane = self.thread % kWarpSize;
   const int slot_row =
-      self.thread / kWarpSize * kWarpRows + lane % kWarpRows + lane / kWarpRows % kThreadRows * kRowStride;
+      self.thread / kWarpSize * kWarpRows + lane % kWarpRows + lane / kWarpRows % kThreadRows * kRowsAtOnce;
   const int slot = slot_row < rows ? arguments.gather.permuted_to_slot[row + slot_row] : -1;
   const bool slot_held = slot >= 0 && slot < arguments.gather.num_slots;
   const float slot_weight = slot_held && to.topk_weights ? to.topk_weights[slot] : 1.f;
@@ -323,10 +321,10 @@ __device__ void store_derivatives(const ProductArguments& arguments, const Work&
   float* partial = to.partial_dots + work.column / Config::kColumns * arguments.max_rows + row;
 #pragma unroll 1
   for (int i = 0; i < kThreadRows; ++i) {
-    const int row_in_piece = first_row + i * kRowStride, slot_lane = i * kWarpRows + lane / kRowChunks;
+    const int row_in_piece = first_row + i * kRowsAtOnce, slot_lane = i * kWarpRows + lane / kRowChunks;
     const Ahead now = next;
     next = after_next;
-    if (i + 2 < kThreadRows) after_next = load(row_in_piece + 2 * kRowStride);
+    if (i + 2 < kThreadRows) after_next = load(row_in_piece + 2 * kRowsAtOnce);
     const float weight = __shfl_sync(0xffffffffu, slot_weight, slot_lane);
     const bool held = all_held >> slot_lane & 1;
     float dot = 0.f;

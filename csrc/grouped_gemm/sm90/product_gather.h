@@ -8,9 +8,6 @@
 
 namespace moe_ext::sm90 {
 
-constexpr int kRowsAtOnce = kWarpgroup / kRowChunks;  // a thread copies chunk t % 8 of rows t / 8, t / 8 + 16, ...
-static_assert(kRowsAtOnce % 8 == 0, "so a thread's rows are all swizzled alike");
-
 // The slots of every kRowsAtOnce-th row from `row` on, -1 past `end`. All are asked for before one is used.
 template <int count>
 __device__ void load_slots(const RowGather& gather, int64_t row, int64_t end, int (&slots)[count]) {
@@ -20,12 +17,13 @@ __device__ void load_slots(const RowGather& gather, int64_t row, int64_t end, in
   for (int i = 0; i < count; ++i) slots[i] = i * kRowsAtOnce < left ? first[i * kRowsAtOnce] : -1;
 }
 
-// From column `column` on, by one multiplication: a row's bytes fit 32 bits, since TMA counts its elements in an
-// int32_t. Without a token that of row 0, not to be read.
+// From column `column` on, by one multiplication: columns and a row's bytes fit 32 bits, since TMA counts elements in
+// an int32_t. Without a token that of row 0, not to be read.
 template <typename Element>
 __device__ const Element* row_of(const RowGather& gather, int token, int column) {
   const auto row_bytes = static_cast<uint32_t>(gather.width * sizeof(Element));
-  const char* first = static_cast<const char*>(gather.source) + column * static_cast<int>(sizeof(Element));
+  const char* first =
+      static_cast<const char*>(gather.source) + static_cast<uint32_t>(column) * static_cast<uint32_t>(sizeof(Element));
   return reinterpret_cast<const Element*>(first + uint64_t{static_cast<uint32_t>(token < 0 ? 0 : token)} * row_bytes);
 }
 

@@ -7,13 +7,12 @@
 // One tensor map per operand and launch: the expert is a coordinate (of weights and their gradients) or a row number,
 // so no map changes from group to group. A load that passes the end of a group reads the next expert's rows: of the
 // forward product these give rows that are not stored; wgrad zeroes them in shared memory.
-// Mapping: a block per multiprocessor takes tiles number blockIdx, blockIdx + gridDim, ... (grouped_row_tiles.h). Of
-// its
-//   three warpgroups the first fills a ring of stages of depth 64, the other two multiply: each 64 rows of the tile, or
-//   half of the columns of a 64-row tile. The accumulators leave through shared memory, 64 rows of 128 bytes at a time:
-//   by TMA store where all 64 rows belong to the group, else by predicated 16-byte stores. The ring runs ahead into the
-//   next tile meanwhile. product_finish.h fuses bias, activation and the activation's gradient; product_gather.h reads
-//   an operand's rows where they lie.
+// Mapping: a block per multiprocessor takes tiles number blockIdx, blockIdx + gridDim, ... (grouped_row_tiles.h). The
+//   first of its three warpgroups fills a ring of stages of depth 64, the other two multiply: each 64 rows of the tile,
+//   or half of the columns of a 64-row tile. The accumulators leave through shared memory, 64 rows of 128 bytes at a
+//   time: by TMA store where all 64 rows belong to the group, else by predicated 16-byte stores. The ring runs ahead
+//   into the next tile meanwhile. product_finish.h fuses bias, activation and the activation's gradient;
+//   product_gather.h reads an operand's rows where they lie.
 // Clusters: two blocks take tiles of neighbouring rows, each loads half of their B into both. A stage is then free when
 //   the math warps of both blocks are done with it. Where a group has an odd number of tiles a block multiplies rows
 //   that it does not store.
@@ -38,6 +37,10 @@ constexpr int kProducerRegisters = 56, kMathRegisters = 224;
 static_assert(kWarpgroup * kProducerRegisters + kMathThreads * kMathRegisters <= kProductThreads * kLaunchRegisters);
 // Named barriers; 0 is __syncthreads.
 constexpr int kMathBarrier = 1, kFirstWarpgroupBarrier = 2;
+
+// Of a warpgroup that moves rows in shared memory, thread t takes chunk t % 8 of rows t / 8, t / 8 + kRowsAtOnce, ...
+constexpr int kRowsAtOnce = kWarpgroup / kRowChunks;
+static_assert(kRowsAtOnce % 8 == 0, "so a thread's rows are all swizzled alike");
 
 constexpr int kPieceRows = 64;  // what is stored at once: 64 rows of 128 bytes
 constexpr int kPieceBytes = kPieceRows * kRowBytes;
@@ -141,39 +144,47 @@ struct Work {
 };
 
 // The blocks of a cluster go through the same tiles, of as many rows as they have together. For whole warps.
-template <typename Config>
+template <typename Config, bool wgrad = Config::kWgrad>
 struct WorkQueue {
   static constexpr int64_t kClusterRows = Config::kRows * Config::kCluster;
   const ProductArguments& arguments;
-  GroupedRowTiles tiles;  // forward
-  int64_t tile;           // wgrad
+  GroupedRowTiles tiles;
 
   __device__ explicit WorkQueue(const ProductArguments& arguments)
       : arguments(arguments),
         tiles(arguments.expert_offsets, arguments.num_experts, arguments.max_rows, kClusterRows,
               ceil_div(arguments.columns, Config::kTileColumns), blockIdx.x / Config::kCluster,
-              gridDim.x / Config::kCluster),
-        tile(blockIdx.x / Config::kCluster) {}
+              gridDim.x / Config::kCluster) {}
 
   __device__ bool next(Work* work) {
-    const int64_t own_row = cluster_rank<Config>() * Config::kRows;
-    if constexpr (Config::kWgrad) {
-      const int64_t row_tiles = ceil_div(arguments.rows, kClusterRows);
-      const int64_t column_tiles = ceil_div(arguments.columns, Config::kColumns);
-      const int64_t expert = tile / (row_tiles * column_tiles);
-      if (expert >= arguments.num_experts) return false;
-      const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
-      const RowRange range =
-          rows_that_train(arguments.expert_offsets, arguments.trainable_experts, expert, arguments.max_rows);
-      *work = Work(expert, position.row * kClusterRows + own_row, arguments.rows, position.column * Config::kColumns,
-                   range.begin, range.end);
-      tile += gridDim.x / Config::kCluster;
-    } else {
-      GroupedRowTiles::Tile found;
-      if (!tiles.next(&found)) return false;
-      *work =
-          Work(found.expert, found.row + own_row, found.end, found.column * Config::kTileColumns, 0, arguments.depth);
-    }
+    GroupedRowTiles::Tile found;
+    if (!tiles.next(&found)) return false;
+    *work = Work(found.expert, found.row + cluster_rank<Config>() * Config::kRows, found.end,
+                 found.column * Config::kTileColumns, 0, arguments.depth);
+    return true;
+  }
+};
+
+// Every expert's matrix has the same tiles.
+template <typename Config>
+struct WorkQueue<Config, true> {
+  static constexpr int64_t kClusterRows = Config::kRows * Config::kCluster;
+  const ProductArguments& arguments;
+  int64_t tile = blockIdx.x / Config::kCluster;
+
+  __device__ explicit WorkQueue(const ProductArguments& arguments) : arguments(arguments) {}
+
+  __device__ bool next(Work* work) {
+    const int64_t row_tiles = ceil_div(arguments.rows, kClusterRows);
+    const int64_t column_tiles = ceil_div(arguments.columns, Config::kColumns);
+    const int64_t expert = tile / (row_tiles * column_tiles);
+    if (expert >= arguments.num_experts) return false;
+    const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
+    const RowRange range =
+        rows_that_train(arguments.expert_offsets, arguments.trainable_experts, expert, arguments.max_rows);
+    *work = Work(expert, position.row * kClusterRows + cluster_rank<Config>() * Config::kRows, arguments.rows,
+                 position.column * Config::kColumns, range.begin, range.end);
+    tile += gridDim.x / Config::kCluster;
     return true;
   }
 };
@@ -196,7 +207,7 @@ __device__ void load_a(const ProductArguments& arguments, const Work& work, int 
 
 // Into every block of the cluster.
 template <typename Config, typename... Coordinates>
-__device__ void load_shared_box(const TensorMap& map, Barrier* full, char* target, Coordinates... coordinates) {
+__device__ void load_box_to_cluster(const TensorMap& map, Barrier* full, char* target, Coordinates... coordinates) {
   if constexpr (Config::kCluster == 1) {
     tma_load(map, full, target, coordinates...);
   } else {
@@ -221,11 +232,11 @@ __device__ void load_b(const ProductArguments& arguments, const Work& work, int 
       column += box * Config::kBoxB;
     }
     if constexpr (Config::kWgrad) {
-      load_shared_box<Config>(arguments.b, full, target, column, depth);
+      load_box_to_cluster<Config>(arguments.b, full, target, column, depth);
     } else if constexpr (Config::kMajorB == Major::kK) {
-      load_shared_box<Config>(arguments.b, full, target, depth, column, work.expert);
+      load_box_to_cluster<Config>(arguments.b, full, target, depth, column, work.expert);
     } else {
-      load_shared_box<Config>(arguments.b, full, target, column, depth, work.expert);
+      load_box_to_cluster<Config>(arguments.b, full, target, column, depth, work.expert);
     }
   }
 }

@@ -199,7 +199,7 @@ Residency residency_of(void (*kernel)(Parameter), int device, int threads, size_
   return {kManyItemsBlocks, false};
 #else
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, size_t>, Residency> known;
+  static auto& known = *new std::map<std::tuple<const void*, int, size_t>, Residency>;  // outlives every thread
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [place, unknown] = known.try_emplace({reinterpret_cast<const void*>(kernel), device, shared_bytes});
   if (unknown) {
@@ -218,26 +218,6 @@ Residency residency_of(void (*kernel)(Parameter), int device, int threads, size_
 #endif
 }
 
-// As launch_kernel, but the kernel may be placed while the one before it ends: in decoding, where kernels take
-// microseconds, the two products of a layer follow each other without a gap.
-template <typename Parameter>
-void launch_overlapped(void (*kernel)(Parameter), unsigned blocks, int threads, size_t shared_bytes,
-                       cudaStream_t stream, const Parameter& parameter) {
-#ifndef MOE_EXT_EMULATED
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, parameter));
-#endif
-}
-
 template <typename T, WeightLayout layout, int warps>
 void launch(const Problem<T>& problem, int64_t items, const Machine& machine, cudaStream_t stream) {
   constexpr int kThreads = warps * kWarpSize;
@@ -248,6 +228,7 @@ void launch(const Problem<T>& problem, int64_t items, const Machine& machine, cu
   // In as few rounds as there can be, and these equally full: a last round of few blocks cannot fill the memory's pipe.
   const int64_t rounds = ceil_div(items, int64_t{machine.multiprocessors} * std::max(residency.blocks, 1));
   const auto blocks = static_cast<unsigned>(ceil_div(items, rounds));
+  // In decoding, where kernels take microseconds, the two products of a layer then follow each other without a gap.
   if (residency.overlaps) {
     launch_overlapped(kernel, blocks, kThreads, shared_bytes, stream, problem);
   } else {
