@@ -95,7 +95,6 @@ State state;
 bool used = false;  // by a block that runs a kernel with barriers
 
 char* shared_base() { return static_cast<char*>(moe_emulator::dynamic_shared()); }
-char* at_address(uint32_t address) { return shared_base() + (address - kSharedBase); }
 int unit_of(const char* pointer) {
   return static_cast<int>((pointer - static_cast<char*>(moe_emulator::dynamic_shared_of(0))) / kUnit);
 }
@@ -232,16 +231,22 @@ uint64_t fenced_by(const Thread* lanes) {
   return fenced;
 }
 
-std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToFloat to_float, uint64_t fenced) {
+// Rows [first, end) of an operand of `rows` rows.
+std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, int first, int end, ToFloat to_float,
+                                uint64_t fenced) {
   check_descriptor(descriptor, k_major, rows);
-  std::vector<float> values(rows * kInstructionDepth);
-  for (int row = 0; row < rows; ++row) {
+  const char* const own = shared_base();
+  const int first_unit = unit_of(own);
+  const auto bytes = static_cast<uint32_t>(moe_emulator::dynamic_shared_bytes());
+  std::vector<float> values((end - first) * kInstructionDepth);
+  for (int row = first; row < end; ++row) {
     for (int depth = 0; depth < kInstructionDepth; ++depth) {
-      const char* element = at_address(element_address(descriptor, k_major, row, depth));
-      check_inside(element, 2, "wgmma");
-      require_fenced(element - reinterpret_cast<uintptr_t>(element) % kUnit, kUnit, "wgmma reads what");
-      if (state.landed[unit_of(element)] > fenced) fail("wgmma reads what came by cp.async without fence_proxy_async");
-      values[row * kInstructionDepth + depth] = to_float(element);
+      const uint32_t offset = element_address(descriptor, k_major, row, depth) - kSharedBase;
+      if (offset + 2 > bytes) fail("wgmma leaves the shared memory of the launch");
+      const int unit = first_unit + static_cast<int>(offset) / kUnit;
+      if (state.unfenced[unit]) fail("wgmma reads what was written to shared memory without fence_proxy_async");
+      if (state.landed[unit] > fenced) fail("wgmma reads what came by cp.async without fence_proxy_async");
+      values[(row - first) * kInstructionDepth + depth] = to_float(own + offset);
     }
   }
   return values;
@@ -249,17 +254,18 @@ std::vector<float> read_operand(uint64_t descriptor, bool k_major, int rows, ToF
 
 // One instruction of one warp: its 16 of the 64 rows. `fenced`: the copies it may see.
 void multiply(const Wgmma& shared_part, float* const (&accumulators)[32], int warp, uint64_t fenced) {
-  const int columns = shared_part.columns;
-  const auto a = read_operand(shared_part.descriptor_a, shared_part.a_is_k_major, 64, shared_part.to_float, fenced);
-  const auto b =
-      read_operand(shared_part.descriptor_b, shared_part.b_is_k_major, columns, shared_part.to_float, fenced);
+  const int columns = shared_part.columns, first_row = warp % 4 * 16;
+  const auto a = read_operand(shared_part.descriptor_a, shared_part.a_is_k_major, 64, first_row, first_row + 16,
+                              shared_part.to_float, fenced);
+  const auto b = read_operand(shared_part.descriptor_b, shared_part.b_is_k_major, columns, 0, columns,
+                              shared_part.to_float, fenced);
   for (int lane = 0; lane < 32; ++lane) {
     for (int index = 0; index < columns / 2; ++index) {
       const FragmentPosition position = fragment_position(warp % 4 * 32 + lane, index);
+      const float* row = &a[(position.row - first_row) * kInstructionDepth];
+      const float* column = &b[position.column * kInstructionDepth];
       float sum = shared_part.accumulate ? accumulators[lane][index] : 0.f;
-      for (int depth = 0; depth < kInstructionDepth; ++depth) {
-        sum += a[position.row * kInstructionDepth + depth] * b[position.column * kInstructionDepth + depth];
-      }
+      for (int depth = 0; depth < kInstructionDepth; ++depth) sum += row[depth] * column[depth];
       accumulators[lane][index] = sum;
     }
   }
