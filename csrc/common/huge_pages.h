@@ -109,7 +109,7 @@ inline void* allocate_on_huge_pages(size_t bytes) {
   bytes = (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
   void* const data = std::aligned_alloc(kHugePageBytes, bytes);
   if (data) madvise(data, bytes, MADV_HUGEPAGE);  // a wish
-  if (data && poisons_memory()) poison(data, bytes, ScalarType::Byte);
+  poison_if_asked(data, bytes, ScalarType::Byte);
   return data;
 }
 
@@ -128,7 +128,7 @@ inline size_t bytes_of_element(ScalarType dtype) {
 inline void* allocate_on_huge_pages(size_t bytes) {
   bytes = (bytes + 4095) / 4096 * 4096;
   void* const data = std::aligned_alloc(4096, bytes);
-  if (data && poisons_memory()) poison(data, bytes, ScalarType::Byte);
+  poison_if_asked(data, bytes, ScalarType::Byte);
   return data;
 }
 
@@ -143,7 +143,7 @@ inline Tensor new_empty_large(const Tensor& like, std::initializer_list<int64_t>
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes >= kLargeBytes) {
     if (const LargeBuffer buffer = LargeBuffers::instance().take(bytes); buffer.data) {
-      if (poisons_memory()) poison(buffer.data, bytes, type);
+      poison_if_asked(buffer.data, bytes, type);
       std::vector<int64_t> strides(sizes.size(), 1);
       for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes.begin()[axis];
       return torch::stable::from_blob(buffer.data, {sizes.begin(), sizes.size()}, strides, like.device(), type,

@@ -19,9 +19,9 @@ inline bool poisons_memory() {
   return asked_for;
 }
 
-// All bits set is NaN in every floating dtype.
-inline void poison(void* data, size_t bytes, ScalarType dtype) {
-  if (bytes == 0) return;
+// All bits set is NaN in every floating dtype. `data` may be null.
+inline void poison_if_asked(void* data, size_t bytes, ScalarType dtype) {
+  if (!poisons_memory() || !data || bytes == 0) return;
   std::memset(data, 0xff, bytes);
   const size_t size = dtype == ScalarType::Int ? 4 : dtype == ScalarType::Long ? 8 : 0;
   if (!size) return;

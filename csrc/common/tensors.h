@@ -47,8 +47,8 @@ inline Tensor make_tensor(const Tensor& like, std::initializer_list<int64_t> siz
                                                   type, device_type, device_index, &made));
   Tensor tensor(made);
   if (poisons_memory() && tensor.is_cpu()) {
-    poison(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size(),
-           tensor.scalar_type());
+    poison_if_asked(tensor.mutable_data_ptr(), static_cast<size_t>(tensor.numel()) * tensor.element_size(),
+                    tensor.scalar_type());
   }
   return tensor;
 }

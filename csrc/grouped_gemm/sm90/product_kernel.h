@@ -56,6 +56,7 @@ struct ProductConfig {
   static constexpr Major kMajorB = b_major;
   static_assert(!kWgrad || b_major == Major::kMN);
   static constexpr int kRows = rows, kColumns = columns, kStages = stages, kCluster = cluster;
+  static constexpr int kClusterRows = rows * cluster;  // that a cluster takes at a time
   static constexpr Finish kFinish = finish;
   static constexpr cuda::RowMode kMode = mode;
   static_assert(finish == Finish::kStore || !kWgrad);
@@ -146,13 +147,12 @@ struct Work {
 // The blocks of a cluster go through the same tiles, of as many rows as they have together. For whole warps.
 template <typename Config, bool wgrad = Config::kWgrad>
 struct WorkQueue {
-  static constexpr int64_t kClusterRows = Config::kRows * Config::kCluster;
   const ProductArguments& arguments;
   GroupedRowTiles tiles;
 
   __device__ explicit WorkQueue(const ProductArguments& arguments)
       : arguments(arguments),
-        tiles(arguments.expert_offsets, arguments.num_experts, arguments.max_rows, kClusterRows,
+        tiles(arguments.expert_offsets, arguments.num_experts, arguments.max_rows, Config::kClusterRows,
               ceil_div(arguments.columns, Config::kTileColumns), blockIdx.x / Config::kCluster,
               gridDim.x / Config::kCluster) {}
 
@@ -168,21 +168,20 @@ struct WorkQueue {
 // Every expert's matrix has the same tiles.
 template <typename Config>
 struct WorkQueue<Config, true> {
-  static constexpr int64_t kClusterRows = Config::kRows * Config::kCluster;
   const ProductArguments& arguments;
   int64_t tile = blockIdx.x / Config::kCluster;
 
   __device__ explicit WorkQueue(const ProductArguments& arguments) : arguments(arguments) {}
 
   __device__ bool next(Work* work) {
-    const int64_t row_tiles = ceil_div(arguments.rows, kClusterRows);
+    const int64_t row_tiles = ceil_div(arguments.rows, Config::kClusterRows);
     const int64_t column_tiles = ceil_div(arguments.columns, Config::kColumns);
     const int64_t expert = tile / (row_tiles * column_tiles);
     if (expert >= arguments.num_experts) return false;
     const TilePosition position = banded_position(tile - expert * row_tiles * column_tiles, row_tiles, column_tiles);
     const RowRange range =
         rows_that_train(arguments.expert_offsets, arguments.trainable_experts, expert, arguments.max_rows);
-    *work = Work(expert, position.row * kClusterRows + cluster_rank<Config>() * Config::kRows, arguments.rows,
+    *work = Work(expert, position.row * Config::kClusterRows + cluster_rank<Config>() * Config::kRows, arguments.rows,
                  position.column * Config::kColumns, range.begin, range.end);
     tile += gridDim.x / Config::kCluster;
     return true;

@@ -78,8 +78,7 @@ const char* launch_forward(const FusedGemmArgs& fused, int multiprocessors) {
   arguments.activation = fused.activation;
   arguments.activated = fused.activated;
   arguments.differentiation = fused.differentiation;
-  const int64_t tiles =
-      row_tile_bound(m, e, Config::kRows * Config::kCluster) * ceil_div(columns, Config::kTileColumns);
+  const int64_t tiles = row_tile_bound(m, e, Config::kClusterRows) * ceil_div(columns, Config::kTileColumns);
   return launch<Config>(arguments, tiles, multiprocessors, args.stream);
 }
 
@@ -116,7 +115,7 @@ const char* launch_wgrad(const GroupedWgradArgs& args, const RowGather& gather, 
   arguments.max_rows = m;
   arguments.rows = rows;
   arguments.columns = columns;
-  const int64_t tiles = e * ceil_div(rows, Config::kRows * Config::kCluster) * ceil_div(columns, Config::kColumns);
+  const int64_t tiles = e * ceil_div(rows, Config::kClusterRows) * ceil_div(columns, Config::kColumns);
   return launch<Config>(arguments, tiles, multiprocessors, args.stream);
 }
 
